@@ -1,0 +1,21 @@
+"""The exceptions a user of bonetune meets.
+
+All of them derive from `BonetuneError`, so that one `except` clause (the command line's, for instance) tells wrong input
+from a defect in this package. Messages are one sentence or two: the thing, its value, the remedy.
+"""
+
+
+class BonetuneError(Exception):
+    """Base class of everything bonetune raises on purpose."""
+
+
+class InputError(BonetuneError, ValueError):
+    """A setting, a file or a data set that cannot be used as it is."""
+
+
+class SpecError(InputError):
+    """A shard size or variant that does not fit a weight's shape."""
+
+
+class AdapterFileError(InputError):
+    """An adapter file whose tensors do not fit the model or its own configuration."""

@@ -1,0 +1,109 @@
+"""`BoneConfig`: what PEFT reads from and writes to adapter_config.json."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+
+from bonetune.errors import InputError
+from bonetune.spec import VARIANTS, ShardSpec, parse_variant
+from bonetune.tuner.peft_type import BonePeftType
+
+Bias = Literal["none", "all", "bone_only"]
+
+# Fields that the last PEFT with a Bone of its own (0.18) does not know. They are written only where they differ from their
+# defaults, so that it reads files of `bone` and `bat` without having to ignore anything but `variant`.
+_NEWER_DEFAULTS: dict[str, Any] = {"mini_r": 1, "bone_dropout": 0.0, "rank_pattern": {}}
+
+
+@dataclass
+class BoneConfig(PeftConfig):
+    """Settings of a Bone, MiSS or BAT adapter (arXiv 2409.15371; formulas in `bonetune.spec`).
+
+    Args:
+        r: shard size ("rank"). The trainable tensor of a Linear (out, in) has r * out elements for `bone`, `bat` and
+            `bat-left`, r * in for `bat-row`, r * r for `bat-free`, r * mini_r for `mini`.
+        variant: "bone", "mini", "bat", "bat-row", "bat-free" or "bat-left". The BAT variants need r to divide both sides
+            of each adapted weight.
+        init_weights: True starts at zero, so that the model is unchanged at first; False starts at random values (for
+            tests). A variant's name is the same as naming it in `variant`: old scripts and files do that.
+        mini_r: width of the trainable tensor for `mini`; must divide out.
+        target_modules: names (suffixes) of the modules to adapt, a regular expression, or "all-linear"; None takes PEFT's
+            default for the architecture.
+        exclude_modules: names or a regular expression of modules to leave alone.
+        bone_dropout: dropout on what enters the update; what enters the frozen weight is never dropped. For `bat` and
+            `bat-left` it costs one more product with W.
+        rank_pattern: r for some modules: {name or regular expression: r}.
+        layers_to_transform: indices of the layers to adapt; None adapts all.
+        layers_pattern: name of the list of layers, if it is an unusual one.
+        bias: which biases train: "none", "all" or "bone_only" (those of adapted layers).
+        modules_to_save: modules that are trained and saved whole, a classifier's head for instance.
+
+    Raises:
+        InputError: unknown variant, sizes that are not positive integers, unknown `bias`, two different variants named,
+            or `layers_to_transform` together with a regular expression.
+    """
+
+    r: int = field(default=64, metadata={"help": "Shard size."})
+    variant: str | None = field(default=None, metadata={"help": f"One of {', '.join(VARIANTS)}."})
+    init_weights: bool | str = field(default=True, metadata={"help": "True: zeros. False: random. Or a variant's name."})
+    mini_r: int = field(default=1, metadata={"help": "Width of the trainable tensor of variant 'mini'."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of modules to leave alone."}
+    )
+    bone_dropout: float = field(default=0.0, metadata={"help": "Dropout on what enters the update."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Name or regular expression to r."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    bias: str = field(default="none", metadata={"help": "'none', 'all' or 'bone_only'."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = BonePeftType.BONE
+        # A file without a variant's name may be of November 2024, when `init_weights: true` meant bat; see `tuner.model`.
+        self.variant_was_named = self.variant is not None or isinstance(self.init_weights, str)
+        self.variant = self._resolve_variant()
+        self.init_weights = bool(self.init_weights)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
+        if self.bias not in ("none", "all", "bone_only"):
+            raise InputError(f"Unknown bias {self.bias!r}: choose 'none', 'all' or 'bone_only'.")
+        if not 0 <= self.bone_dropout < 1:
+            raise InputError(f"`bone_dropout` should be at least 0 and less than 1, got {self.bone_dropout!r}.")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        for r in (self.r, *self.rank_pattern.values()):
+            ShardSpec(parse_variant(self.variant), r, self.mini_r)
+
+    def _resolve_variant(self) -> str:
+        alias = self.init_weights if isinstance(self.init_weights, str) else None
+        if alias is not None and self.variant is not None and alias != self.variant:
+            raise InputError(f"init_weights={alias!r} and variant={self.variant!r} name two variants: keep one.")
+        return parse_variant(alias or self.variant or "bone")
+
+    def spec(self, module_name: str = "") -> ShardSpec:
+        """The `ShardSpec` of the adapter on the module of that name, after `rank_pattern`."""
+        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
+        return ShardSpec(parse_variant(str(self.variant)), r, self.mini_r)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What adapter_config.json holds: as PEFT 0.14-0.18 wrote it for `bone` (`init_weights: true`) and `bat` (`"bat"`).
+
+        The other variants put their names there, so that an old PEFT stops at the tensors' shapes instead of computing
+        something else. `variant` always stands beside it.
+        """
+        content = super().to_dict()
+        content["init_weights"] = True if self.variant == "bone" else self.variant
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(content[name], set):
+                content[name] = sorted(content[name])
+        return {key: value for key, value in content.items() if key not in _NEWER_DEFAULTS or value != _NEWER_DEFAULTS[key]}

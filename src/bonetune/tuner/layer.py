@@ -1,0 +1,200 @@
+"""The adapted Linear: holds the frozen layer and one tensor for each adapter, and calls `bonetune.ops`."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+
+from bonetune.ops import Update, adapted_linear, delta, merge
+from bonetune.spec import ShardSpec
+
+
+class BoneLayer(BaseTunerLayer):
+    """State of the adapters on one layer: `bone_block[name]` is D or B, `bone_spec[name]` says which."""
+
+    adapter_layer_names = ("bone_block",)
+    other_param_names = ("bone_spec", "bone_dropout", "bone_scaling")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.bone_block = nn.ParameterDict({})
+        self.bone_spec: dict[str, ShardSpec] = {}
+        self.bone_dropout = nn.ModuleDict({})
+        self.bone_scaling: dict[str, float] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # The base weight as it was before merging: what makes unmerging exact. Outside any state dict.
+        self._unmerged_weight: Tensor | None = None
+        frozen = self.get_base_layer()
+        self.in_features, self.out_features = int(frozen.in_features), int(frozen.out_features)  # pyright: ignore[reportArgumentType]  (nn.Module's attributes are untyped)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        spec: ShardSpec,
+        *,
+        zeros: bool = True,
+        dropout: float = 0.0,
+        inference_mode: bool = False,
+        where: str = "this layer",
+    ) -> None:
+        """Add an adapter, or replace the one of that name.
+
+        Args:
+            adapter_name: its name.
+            spec: variant and sizes.
+            zeros: start at zero; else at random values.
+            dropout: probability with which an element that enters the update is dropped.
+            inference_mode: whether the adapter starts frozen.
+            where: the layer's name, for errors.
+
+        Raises:
+            SpecError: the variant cannot be defined on this layer's shape.
+        """
+        spec.check(self.out_features, self.in_features, where)
+        block = torch.empty(spec.shape(self.out_features, self.in_features))
+        if zeros:
+            nn.init.zeros_(block)
+        else:
+            nn.init.kaiming_uniform_(block.flatten(0, -2) if block.dim() == 3 else block, a=math.sqrt(5))
+        self.bone_block[adapter_name] = nn.Parameter(block)
+        self.bone_spec[adapter_name] = spec
+        self.bone_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.bone_scaling[adapter_name] = 1.0
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def updates(self, adapter_names: list[str]) -> list[Update]:
+        """Those of the named adapters that this layer has, as `bonetune.ops` takes them."""
+        return [
+            Update(
+                self.bone_block[name],
+                self.bone_spec[name],
+                self.bone_scaling[name],
+                self.bone_dropout[name] if self.training and isinstance(self.bone_dropout[name], nn.Dropout) else None,  # pyright: ignore[reportAttributeAccessIssue]  (`training` comes from nn.Module)
+            )
+            for name in adapter_names
+            if name in self.bone_block
+        ]
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the adapter's update by `scale` instead of 1."""
+        if adapter in self.bone_scaling:
+            self.bone_scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the updates of the active adapters by `scale`."""
+        for name in self.active_adapters:
+            if name in self.bone_scaling:
+                self.bone_scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`; without a scale, go back to 1."""
+        for name in self.active_adapters:
+            if name in self.bone_scaling:
+                self.bone_scaling[name] = 1.0 if scale is None else self.bone_scaling[name] / scale
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Scale * Delta(W) of one adapter, (out, in), of the frozen W, in at least float32."""
+        with torch.no_grad():
+            weight = self._frozen_weight()
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            theta = self.bone_block[adapter].to(wide.dtype)
+            return self.bone_scaling[adapter] * delta(wide, theta, self.bone_spec[adapter])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Every member of the family is W plus an update."""
+        return True
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' updates to the base weight: in float32, from the frozen weight, rounded once.
+
+        Args:
+            safe_merge: refuse a result with NaN or infinity, leaving the base weight as it was.
+            adapter_names: adapters to merge; None merges the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found a value that is not finite.
+        """
+        adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bone_block]
+        if not adapter_names:
+            return
+        frozen = self._frozen_weight()
+        merged = merge(frozen, self.updates([*self.merged_adapters, *adapter_names]))
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken")
+        self._unmerged_weight = frozen
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(adapter_names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before merging, bit for bit."""
+        if not self.merged or self._unmerged_weight is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        now = self.get_base_weight()
+        self.set_base_weight(self._unmerged_weight.to(now.device, now.dtype))
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def _frozen_weight(self) -> Tensor:
+        return self.get_base_weight() if self._unmerged_weight is None else self._unmerged_weight
+
+
+class BoneLinear(nn.Module, BoneLayer):
+    """A Linear (plain or quantized) with adapters of the Bone family."""
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__()
+        BoneLayer.__init__(self, base_layer, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., in) -> (..., out), in the dtype that the base layer returns for x."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        updates = self.updates(self.active_adapters)
+        if not updates:
+            return self.base_layer(x, *args, **kwargs)
+        return adapted_linear(_Base(self, args, kwargs), x, updates)
+
+    def __repr__(self) -> str:
+        return "bone." + super().__repr__()
+
+
+class _Base:
+    """The base layer of a `BoneLinear` during one forward, as `bonetune.ops` sees it (`ops.FrozenLinear`)."""
+
+    def __init__(self, layer: BoneLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layer, self.args, self.kwargs = layer, args, kwargs
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.layer.base_layer(x, *self.args, **self.kwargs)
+        backend = self.layer.quantization_backend
+        return y if backend is None else backend.maybe_clone_base_result(y)
+
+    def product(self, x: Tensor) -> Tensor:
+        base = self.layer.base_layer
+        if type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook")):
+            return nn.functional.linear(x, base.weight)
+        y = self(x)
+        return y if self.bias is None else y - self.bias.to(y.dtype)
+
+    def weight(self) -> Tensor:
+        if self.layer.quantization_backend is None:
+            return self.layer.get_base_layer().weight  # pyright: ignore[reportReturnType]  # the Parameter itself: saving it for backward costs nothing
+        return self.layer.get_base_weight()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias

@@ -1,0 +1,165 @@
+"""The derived forward and backward against the equations, autograd through the equations, and finite differences."""
+
+import pytest
+import torch
+from torch import nn
+
+from bonetune.ops import Update, adapted_linear, apply, fast
+from bonetune.spec import VARIANTS, ShardSpec
+
+BLOCKWISE = [v for v in VARIANTS if v not in ("bone", "mini")]
+SIZES = [(12, 8, 4, 3), (6, 12, 3, 2), (8, 8, 4, 8)]
+RAGGED = [(12, 10, 4, 3), (5, 7, 7, 1), (6, 11, 3, 6)]
+CASES = [(v, *s) for v in VARIANTS for s in SIZES] + [(v, *s) for v in ("bone", "mini") for s in RAGGED]
+
+
+class Frozen:
+    """The smallest frozen layer: what `adapted_linear` needs, nothing else."""
+
+    def __init__(self, weight, bias=None):
+        self._weight, self.bias = weight, bias
+
+    def __call__(self, x):
+        return nn.functional.linear(x, self._weight, self.bias)
+
+    def product(self, x):
+        return nn.functional.linear(x, self._weight)
+
+    def weight(self):
+        return self._weight
+
+
+def make(variants, out, inp, r, mini_r, dtype=torch.float64, theta_dtype=None, n=(2, 5), scale=0.7):
+    g = torch.Generator().manual_seed(3)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    specs = [ShardSpec(v, r, mini_r) for v in variants]
+    W, bias, x = (t.to(dtype) for t in (randn(out, inp) / inp**0.5, randn(out), randn(*n, inp)))
+    thetas = [(randn(*s.shape(out, inp)) / 4).to(theta_dtype or dtype).requires_grad_() for s in specs]
+    updates = [Update(t, s, scale=scale - i / 10) for i, (t, s) in enumerate(zip(thetas, specs, strict=True))]
+    return W, bias, x.requires_grad_(), updates
+
+
+def gradients(y, x, updates):
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y.dtype)
+    return torch.autograd.grad((y * weights).sum(), [x, *(u.theta for u in updates)])
+
+
+def assert_equals_reference(W, bias, x, updates, rtol=1e-11, atol=1e-11):
+    y, expected = adapted_linear(Frozen(W, bias), x, updates), apply(x, W, updates, bias)
+    torch.testing.assert_close(y, expected, rtol=rtol, atol=atol)
+    names = ["x", *(u.spec.variant for u in updates)]
+    actual = gradients(y, x, updates)
+    for name, got, want in zip(names, actual, gradients(expected, x, updates), strict=True):
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol, msg=lambda m, name=name: f"gradient of {name}: {m}")
+
+
+@pytest.mark.parametrize(("variant", "out", "inp", "r", "mini_r"), CASES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_adapter(variant, out, inp, r, mini_r, bias):
+    W, b, x, updates = make([variant], out, inp, r, mini_r)
+    assert_equals_reference(W, b if bias else None, x, updates)
+
+
+@pytest.mark.parametrize("first", VARIANTS)
+@pytest.mark.parametrize("second", VARIANTS)
+def test_two_adapters_add(first, second):
+    assert_equals_reference(*make([first, second], 12, 8, 4, 3))
+
+
+def test_all_six_at_once():
+    assert_equals_reference(*make(VARIANTS, 12, 8, 4, 3))
+
+
+def test_column_adapters_of_different_shard_sizes():
+    W, bias, x, (small,) = make(["bat"], 12, 24, 2, 1)
+    *_, (large,) = make(["bat"], 12, 24, 6, 1)
+    assert_equals_reference(W, bias, x, [small, large])
+
+
+def test_no_adapter_is_the_frozen_layer():
+    W, bias, x, _ = make([], 12, 8, 4, 3)
+    torch.testing.assert_close(adapted_linear(Frozen(W, bias), x, []), apply(x, W, [], bias))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck(variant):
+    W, bias, x, (update,) = make([variant], 8, 6, 2, 4)
+    W.requires_grad_()
+
+    def function(x, theta, W):
+        return adapted_linear(Frozen(W, bias), x, [Update(theta, update.spec, update.scale)])
+
+    assert torch.autograd.gradcheck(function, (x, update.theta, W))
+
+
+@pytest.mark.parametrize("variants", [[v] for v in VARIANTS] + [["bat", "bat-left"], ["bat-row", "bat"]])
+def test_dropout_enters_the_update_alone(variants):
+    W, bias, x, updates = make(variants, 12, 8, 4, 3)
+    mask = (torch.arange(8, dtype=torch.float64) % 3 > 0) * 1.5
+    updates = [Update(u.theta, u.spec, u.scale, dropout=lambda t: t * mask) for u in updates]
+    assert_equals_reference(W, bias, x, updates)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_band_of_w_at_a_time_gives_the_same(variant, monkeypatch):
+    monkeypatch.setattr(fast, "COL_SCRATCH_ELEMENTS", 1)
+    assert_equals_reference(*make([variant], 12, 8, 2, 3))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(7,), (0,), (1, 1), (2, 3, 4)])
+def test_any_leading_shape(variant, shape):
+    assert_equals_reference(*make([variant], 12, 8, 4, 3, n=shape))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_input_that_is_not_contiguous(variant):
+    W, bias, x, updates = make([variant], 12, 8, 4, 3, n=(5, 2))
+    assert_equals_reference(W, bias, x.detach().transpose(0, 1).requires_grad_(), updates)
+
+
+# Relative error (in the Frobenius norm) allowed where products run in a narrow dtype: a few roundings of its epsilon.
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("wide_adapter", [True, False])
+def test_narrow_dtypes(variant, dtype, bound, wide_adapter):
+    W, bias, x, updates = make([variant], 64, 96, 16, 8, dtype, torch.float32 if wide_adapter else dtype, n=(40,))
+    y = adapted_linear(Frozen(W, bias), x, updates)
+    exact = [Update(u.theta.detach().double().requires_grad_(), u.spec, u.scale) for u in updates]
+    exact_x = x.detach().double().requires_grad_()
+    expected = apply(exact_x, W.double(), exact, bias.double())
+    assert y.dtype == dtype
+    pairs = [(y, expected), *zip(gradients(y, x, updates), gradients(expected, exact_x, exact), strict=True)]
+    for got, want in pairs:
+        assert torch.linalg.norm(got.double() - want) <= bound * torch.linalg.norm(want)
+    assert pairs[-1][0].dtype == updates[0].theta.dtype
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_computes_in_the_autocast_dtype(variant):
+    W, bias, x, updates = make([variant], 64, 96, 16, 8, torch.float32, n=(40,))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = adapted_linear(Frozen(W, bias), x, updates)
+    expected = apply(x, W, updates, bias)
+    assert y.dtype == torch.bfloat16
+    pairs = [(y, expected), *zip(gradients(y, x, updates), gradients(expected, x, updates), strict=True)]
+    for got, want in pairs:
+        assert got.dtype == want.dtype or got is y
+        assert torch.linalg.norm(got.float() - want) <= 1.5e-2 * torch.linalg.norm(want)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saves_no_transformed_weight(variant, dtype):
+    """What autograd keeps: parameters, the input, and what is smaller; never a tensor of W's or its blocks' shape."""
+    out, inp, r = 96, 128, 16
+    W, bias, x, updates = make([variant], out, inp, r, 8, dtype, torch.float32, n=(3, 7))
+    parameters = {t.data_ptr() for t in (W, bias, updates[0].theta)}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        adapted_linear(Frozen(W, bias), x, updates)
+    others = [t for t in saved if t.data_ptr() not in parameters and t.data_ptr() != x.data_ptr()]
+    assert saved
+    allowed = {"bone": 21 * r, "mini": 21 * r, "bat-left": 21 * out}.get(variant, 0)
+    assert sum(t.numel() for t in others) <= allowed
+    assert all(t.numel() < out * inp for t in others)
