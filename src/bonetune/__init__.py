@@ -1,11 +1,23 @@
 """Bone, BAT and MiSS fine-tuning (arXiv 2409.15371) for every model that PEFT can reach.
 
 Importing this package makes peft_type "BONE" known to PEFT: `peft.get_peft_model(model, bonetune.BoneConfig(r=64))`.
+The command line's verbs are functions here: `train`, `evaluate`, `merge`, `demo`, `environment`; they are imported when
+first used.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from bonetune.errors import AdapterFileError, BonetuneError, InputError, SpecError
 from bonetune.spec import VARIANTS, ShardSpec
 from bonetune.tuner import BoneConfig, BoneLayer, BoneLinear, BoneModel, register
+
+if TYPE_CHECKING:
+    from bonetune.demonstration import demo
+    from bonetune.diagnostics import environment
+    from bonetune.evaluation import evaluate
+    from bonetune.merging import merge
+    from bonetune.training import train
 
 register()
 
@@ -22,4 +34,23 @@ __all__ = [
     "InputError",
     "ShardSpec",
     "SpecError",
+    "demo",
+    "environment",
+    "evaluate",
+    "merge",
+    "train",
 ]
+
+_VERBS = {
+    "demo": "bonetune.demonstration",
+    "environment": "bonetune.diagnostics",
+    "evaluate": "bonetune.evaluation",
+    "merge": "bonetune.merging",
+    "train": "bonetune.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _VERBS:
+        return getattr(import_module(_VERBS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

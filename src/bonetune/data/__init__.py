@@ -1,0 +1,18 @@
+"""From files of rows to masked token sequences and batches."""
+
+from bonetune.data.encoding import Encoded, Lengths, collate, encode_rows
+from bonetune.data.formats import PAPER_PROMPT, RowFormat, Segment
+from bonetune.data.generated import reasoning_problems
+from bonetune.data.reading import read_rows
+
+__all__ = [
+    "PAPER_PROMPT",
+    "Encoded",
+    "Lengths",
+    "RowFormat",
+    "Segment",
+    "collate",
+    "encode_rows",
+    "read_rows",
+    "reasoning_problems",
+]

@@ -1,0 +1,6 @@
+"""From a name or path to a model with its tokenizer."""
+
+from bonetune.models.resolve import Loaded, load_base, load_model, parse_dtype
+from bonetune.models.smollm import smollm2
+
+__all__ = ["Loaded", "load_base", "load_model", "parse_dtype", "smollm2"]

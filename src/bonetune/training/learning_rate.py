@@ -1,0 +1,27 @@
+"""The learning rate a run gets if it names none, and when a given one looks like LoRA's.
+
+Under Adam every element of the trainable tensor moves by about the learning rate a step, and so does each of its copies in
+W. What the layer computes moves by the sum of those: for bone by lr * sum_j |s_j|, and with s the sum of in/r shards that
+is about lr * sqrt(in * r): twice the shard size asks for 1/sqrt(2) of the rate. See docs/guide.md for the measurements.
+"""
+
+import math
+
+from bonetune.spec import ShardSpec
+
+# Measured at r = 64 (docs/guide.md): the rate at which short runs on SmolLM2-135M learned best without becoming unstable.
+_AT_64 = {"bone": 4e-4, "mini": 4e-4, "bat": 4e-4, "bat-row": 2e-4, "bat-free": 2e-4, "bat-left": 4e-4}
+# Above this multiple of the default, runs were seen to fall apart.
+_TOO_LARGE = 2.0
+
+
+def default_learning_rate(spec: ShardSpec) -> float:
+    """Peak learning rate for AdamW on adapters of this variant and r: one significant digit of rate(64) * sqrt(64 / r)."""
+    rate = _AT_64[spec.variant] * math.sqrt(64 / spec.r)
+    digit = 10.0 ** math.floor(math.log10(rate))
+    return round(rate / digit) * digit
+
+
+def lora_sized(rate: float, spec: ShardSpec) -> bool:
+    """Whether `rate` is so far above the default that it was probably chosen for LoRA (1e-4 to 2e-3 there)."""
+    return rate > _TOO_LARGE * default_learning_rate(spec)

@@ -1,0 +1,65 @@
+"""`bonetune demo`."""
+
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    variant: Annotated[str, typer.Option(help="bone, mini, bat, bat-row, bat-free or bat-left.")] = "bone",
+    r: Annotated[int, typer.Option(min=1, help="Shard size.")] = 64,
+    steps: Annotated[int, typer.Option(help="Optimizer steps, of 8 problems each.")] = 40,
+    seed: Annotated[int, typer.Option(help="One seed, one result.")] = 0,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: by variant and r.")] = None,
+    output_dir: Annotated[str, typer.Option(help="Where everything is written.")] = "bonetune-demo",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demonstration.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Do the whole job once, on a small real model and generated problems."""
+    import dataclasses
+    import json as json_module
+
+    from rich.table import Table
+
+    import bonetune
+    from bonetune_cli.console import console, out, progress, quiet_libraries, training_note
+
+    quiet_libraries()
+    with progress() as bars:
+        bar = bars.add_task("", total=None, note="")
+        result = bonetune.demo(
+            variant,
+            r=r,
+            steps=steps,
+            seed=seed,
+            learning_rate=learning_rate,
+            output_dir=output_dir,
+            overwrite=overwrite,
+            say=lambda text: console.print(text),
+            on_progress=lambda p: bars.update(
+                bar, description="training", total=p.steps, completed=p.step, note=training_note(p)
+            ),
+            on_items=lambda task, done, total: bars.update(bar, description="answers", total=total, completed=done, note=""),
+        )
+    if json:
+        out.print_json(json_module.dumps(dataclasses.asdict(result)))
+    else:
+        table = Table(title=f"Exact match on {result.untrained.total} problems, with 95% intervals", title_justify="left")
+        table.add_column("")
+        table.add_column("correct", justify="right")
+        table.add_row("untrained model", str(result.untrained))
+        table.add_row("most frequent answer", str(result.most_frequent))
+        table.add_row(f"{variant}, r={r}, {result.steps} steps", f"[bold]{result.trained}[/]")
+        out.print(table)
+        out.print(f"Probability that training changed nothing (exact sign test): {result.p_value:.2g}")
+        out.print(f"Merged model: {_certificate_line(result.certificate)}")
+        spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
+        out.print(f"Time: {spent}. Everything is in {result.output_dir}/ (adapter/loss.png shows the loss).")
+    if not (result.gained and result.certificate["holds"]):
+        raise typer.Exit(1)
+
+
+def _certificate_line(certificate: dict[str, object]) -> str:
+    from bonetune.merging import Certificate
+
+    return str(Certificate(**{key: value for key, value in certificate.items() if key != "holds"}))  # pyright: ignore[reportArgumentType]
