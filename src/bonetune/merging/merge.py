@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-
 from bonetune.errors import InputError
 from bonetune.files import folder_written_beside, write_json
 from bonetune.merging.certify import Certificate, certify, witness
 from bonetune.models import load_base, load_model, parse_dtype
+from bonetune.tuner import BoneLayer
 
 CERTIFICATE_FILE = "certificate.json"
 # For adapters that come without prompts of their own.
@@ -81,9 +80,11 @@ def merge(
 def _scale(model: Any, scale: float) -> None:
     if scale == 1:
         return
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.scale_layer(scale)  # pyright: ignore[reportAttributeAccessIssue]  (every tuner layer has it)
+    layers = [module for module in model.modules() if isinstance(module, BoneLayer)]
+    if not layers:
+        raise InputError("--scale needs an adapter of the Bone family, and this one is of another method.")
+    for layer in layers:
+        layer.scale_layer(scale)
 
 
 def _prompts_of(adapter: Path) -> list[str]:
