@@ -26,7 +26,11 @@ def demo(
 
     quiet_libraries()
     with progress() as bars:
-        bar = bars.add_task("", total=None, note="")
+        bar = bars.add_task("", total=None, note="", visible=False)
+
+        def show(description: str, done: int, total: int, note: str = "") -> None:
+            bars.update(bar, visible=True, description=description, completed=done, total=total, note=note)
+
         result = bonetune.demo(
             variant,
             r=r,
@@ -35,11 +39,9 @@ def demo(
             learning_rate=learning_rate,
             output_dir=output_dir,
             overwrite=overwrite,
-            say=lambda text: console.print(text),
-            on_progress=lambda p: bars.update(
-                bar, description="training", total=p.steps, completed=p.step, note=training_note(p)
-            ),
-            on_items=lambda task, done, total: bars.update(bar, description="answers", total=total, completed=done, note=""),
+            say=console.print,
+            on_progress=lambda p: show("training", p.step, p.steps, training_note(p)),
+            on_items=lambda task, done, total: show("answers", done, total),
         )
     if json:
         out.print_json(json_module.dumps(dataclasses.asdict(result)))

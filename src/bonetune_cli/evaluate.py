@@ -28,7 +28,7 @@ def evaluate(
     quiet_libraries()
     with progress() as bars:
         wanted = [task.strip() for task in tasks.split(",") if task.strip()]
-        lines = {task: bars.add_task(task, total=None, note="") for task in wanted}
+        lines = {task: bars.add_task(task, total=None, note="", visible=False) for task in wanted}
         results = bonetune.evaluate(
             model,
             wanted,
@@ -41,7 +41,7 @@ def evaluate(
             dataset_split=dataset_split,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
-            on_items=lambda task, done, total: bars.update(lines[task], completed=done, total=total),
+            on_items=lambda task, done, total: bars.update(lines[task], completed=done, total=total, visible=True),
         )
     if json:
         out.print_json(json_module.dumps([result.summary() for result in results]))

@@ -31,14 +31,14 @@ def train(
         out.print(planned.config.to_yaml(), end="")
         return
     with progress() as bars:
-        bar = bars.add_task("training", total=None, note="")
+        bar = bars.add_task("training", total=None, note="", visible=False)
         result = bonetune.train(
             config,
             overrides,
             resume=resume,
             overwrite=overwrite,
             on_plan=lambda planned: console.print(planned.describe()),
-            on_progress=lambda p: bars.update(bar, total=p.steps, completed=p.step, note=training_note(p)),
+            on_progress=lambda p: bars.update(bar, visible=True, total=p.steps, completed=p.step, note=training_note(p)),
         )
     if json:
         out.print_json(json_module.dumps(dataclasses.asdict(result)))

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Share of the largest logit by which two equal models may differ. Weights are rounded once, and both forwards round at
+# every layer; measured on SmolLM2-135M (docs/guide.md) and left a factor of three.
+TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "float16": 0.02, "bfloat16": 0.15}
+MIN_AGREEMENT = 0.9
+
 
 @dataclass(frozen=True)
 class Witness:
@@ -41,13 +46,12 @@ class Certificate:
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is what rounding the weights once explains.
+        """Whether the difference is no more than rounding explains: `TOLERANCE` of the largest logit for the dtype.
 
-        A rounding of the dtype's epsilon in every weight, amplified through the layers, was measured at up to 6 epsilon of
-        the largest logit; the bound leaves a factor of five. Greedy choices may differ where two tokens nearly tie.
+        Greedy choices may differ where two tokens nearly tie, and do so in bfloat16.
         """
-        epsilon = torch.finfo(getattr(torch, self.dtype)).eps
-        return self.largest_logit_difference <= 32 * epsilon * self.largest_logit and self.greedy_agreement >= 0.9
+        near = self.largest_logit_difference <= TOLERANCE[self.dtype] * self.largest_logit
+        return near and self.greedy_agreement >= MIN_AGREEMENT
 
     def to_dict(self) -> dict[str, Any]:
         """As certificate.json holds it."""

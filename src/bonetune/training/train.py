@@ -181,7 +181,7 @@ class _CompletionTrainer(Trainer):
         if model.training:
             self.tokens_seen += int(inputs["attention_mask"].sum())
         loss = completion_loss(model, **inputs, supervised=num_items_in_batch)
-        return (loss, None) if return_outputs else loss
+        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def _trainer(planned: Plan, on_progress: Callable[[Progress], None] | None) -> _CompletionTrainer:
@@ -211,6 +211,7 @@ def _trainer(planned: Plan, on_progress: Callable[[Progress], None] | None) -> _
         prediction_loss_only=True,
         remove_unused_columns=False,
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
     )
     trainer = _CompletionTrainer(

@@ -1,0 +1,119 @@
+"""The command line from outside: exit codes, one clear line, JSON where a program reads."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from bonetune_cli.main import main
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Call the command line in this process: (standard output, standard error), after checking the exit code."""
+
+    def call(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["bonetune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capfd.readouterr()
+        assert (stop.value.code or 0) == code, captured
+        return captured
+
+    return call
+
+
+@pytest.fixture
+def project(tmp_path, model_folder):
+    rows = [{"prompt": f"{a} plus two is", "completion": f" {a}"} for a in ("one", "two", "three", "four")] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model_name_or_path": str(model_folder),
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "r": 4,
+        "max_steps": 2,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def test_train_eval_merge(project, run):
+    result = json.loads(run("train", project / "run.yaml", "variant=bat-row", "max_steps=3", "--json").out)
+    assert result["steps"] == 3
+    rows = ["--data", project / "rows.jsonl", "--json"]
+    scores = json.loads(run("eval", project / "run", "--tasks", "exact-match,loss", *rows).out)
+    assert [score["task"] for score in scores] == ["exact-match", "loss"]
+    certificate = json.loads(run("merge", project / "run", "--output", project / "merged", "--json").out)
+    assert certificate["holds"]
+    merged = run("eval", project / "merged", "--tasks", "loss", *rows)
+    assert json.loads(merged.out)[0]["score"] == pytest.approx(scores[1]["score"], rel=1e-4)
+
+
+def test_dry_run_writes_nothing(project, run):
+    shown = run("train", project / "run.yaml", "--dry-run").out
+    assert "trainable parameters" in shown
+    assert "peak learning rate" in shown
+    assert not (project / "run").exists()
+
+
+def test_overwrite_and_resume(project, run):
+    run("train", project / "run.yaml", "save_steps=1")
+    assert "already holds a run" in run("train", project / "run.yaml", code=2).err
+    run("train", project / "run.yaml", "--overwrite", "save_steps=1")
+    run("train", project / "run.yaml", "max_steps=3", "--resume")
+    assert len((project / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["train", "{project}/run.yaml", "lr=1"], "Unknown key 'lr'"),
+        (["train", "{project}/run.yaml", "target_modules=[query]"], "The model has Linear layers named"),
+        (["train", "{project}/run.yaml", "variant=bat", "r=5"], "would fit them all"),
+        (["train", "{project}/run.yaml", "dataset_name={project}/none.jsonl"], "does not exist"),
+        (["eval", "{project}", "--tasks", "loss", "--data", "{project}/rows.jsonl"], "has no config.json"),
+        (["merge", "{project}", "--output", "{project}/out"], "is not an adapter folder"),
+        (["demo", "--variant", "batt", "--output-dir", "{project}/demo"], "Unknown variant 'batt'"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(project, run, arguments, message):
+    done = run(*(a.replace("{project}", str(project)) for a in arguments), code=2)
+    assert message in done.err
+    assert "Traceback" not in done.err
+    lines = [line for line in done.err.splitlines() if line.startswith("bonetune: ")]
+    assert len(lines) == 1
+    assert sorted(p.name for p in project.iterdir()) == ["rows.jsonl", "run.yaml"]
+
+
+def test_env(run):
+    facts = json.loads(run("env", "--json").out)
+    assert facts["python"] == sys.version.split()[0]
+    assert facts["peft"].startswith("0.21")
+
+
+def test_the_process_itself_exits_with_2():
+    command = [sys.executable, "-c", "from bonetune_cli.main import main; main()", "train", "nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "bonetune: Configuration file nowhere.yaml cannot be read: No such file or directory."
+
+
+@pytest.mark.parametrize("verb", [[], ["demo"], ["train"], ["eval"], ["merge"], ["env"]])
+def test_help_imports_no_torch(verb):
+    """What makes `--help` answer at once."""
+    code = f"""
+import sys
+from bonetune_cli.main import app
+try:
+    app({[*verb, "--help"]!r})
+except SystemExit as stop:
+    assert stop.code == 0
+assert not {{"torch", "transformers", "bonetune"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout

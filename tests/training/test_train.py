@@ -1,0 +1,141 @@
+import json
+
+import pytest
+import torch
+from conftest import llama
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import bonetune
+from bonetune.errors import InputError, SpecError
+from bonetune.spec import VARIANTS
+from bonetune.training import plan
+
+WORDS = ["the", "quick", "brown", "fox", "lazy", "dog"]
+
+
+@pytest.fixture
+def settings(tmp_path, model_folder):
+    rows = [{"prompt": f"after {a} {b} comes", "completion": f" {b}"} for a in WORDS for b in WORDS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model_name_or_path": str(model_folder),
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "r": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "max_steps": 6,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*LoRA's size.*")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_learns_and_leaves_an_adapter_behind(settings, tmp_path, variant):
+    seen = []
+    settings |= {"variant": variant, "learning_rate": 1e-2, "max_steps": 12, "eval_dataset_name": settings["dataset_name"]}
+    result = bonetune.train(settings, on_progress=seen.append)
+    run = tmp_path / "run"
+    assert result.last_loss < result.first_loss
+    assert result.steps == 12 == seen[-1].step == seen[-1].steps
+    assert seen[-1].seconds_left == 0
+    assert seen[-1].tokens_per_second > 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert any("eval_loss" in line for line in lines)
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len((run / "prompts.jsonl").read_text().splitlines()) == 16
+    assert not list(tmp_path.glob(".*"))
+    model = PeftModel.from_pretrained(llama(), run)
+    assert model.peft_config["default"].variant == variant
+    assert model.peft_config["default"].base_model_name_or_path == settings["model_name_or_path"]
+
+
+def test_one_seed_one_result(settings, tmp_path):
+    adapters = []
+    for name in ("a", "b", "c"):
+        bonetune.train(settings, {"output_dir": str(tmp_path / name), "seed": 1 if name == "c" else 0})
+        adapters.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert all(torch.equal(adapters[0][k], adapters[1][k]) for k in adapters[0])
+    assert any(not torch.equal(adapters[0][k], adapters[2][k]) for k in adapters[0])
+
+
+def test_gradient_accumulation_is_a_larger_batch(settings, tmp_path):
+    adapters = []
+    for name, batch, steps in (("whole", 4, 1), ("parts", 2, 2)):
+        overrides = {
+            "output_dir": str(tmp_path / name),
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": steps,
+        }
+        bonetune.train(settings, overrides)
+        adapters.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    for key in adapters[0]:
+        torch.testing.assert_close(adapters[0][key], adapters[1][key], rtol=1e-3, atol=1e-5)
+
+
+def test_resuming_goes_on_where_the_run_stopped(settings, tmp_path):
+    bonetune.train(settings)
+    whole = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    interrupted = settings | {"output_dir": str(tmp_path / "again"), "save_steps": 2}
+
+    class InterruptError(Exception):
+        pass
+
+    def stop(progress):
+        if progress.step == 5:
+            raise InterruptError
+
+    with pytest.raises(InterruptError):
+        bonetune.train(interrupted, on_progress=stop)
+    assert not (tmp_path / "again" / "adapter_model.safetensors").exists()
+    bonetune.train(interrupted, resume=True)
+    resumed = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    runs = [
+        [{k: v for k, v in json.loads(line).items() if k in ("step", "loss")} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "run" / "metrics.jsonl", tmp_path / "again" / "metrics.jsonl")
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_an_output_folder_with_a_run_in_it(settings, tmp_path):
+    bonetune.train(settings)
+    with pytest.raises(InputError, match="already holds a run: pass --overwrite or --resume"):
+        bonetune.train(settings)
+    bonetune.train(settings, {"max_steps": 2}, overwrite=True)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(InputError, match="holds no checkpoint to resume from"):
+        bonetune.train(settings, {"output_dir": str(tmp_path / "new")}, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"dataset_name": "missing.jsonl"}, InputError, r"missing\.jsonl does not exist"),
+        ({"max_length": 4}, InputError, "36 of 36 examples are longer than max_length=4"),
+        ({"variant": "bat", "r": 5}, SpecError, "r=4 would fit them all"),
+        ({"target_modules": ["query"]}, ValueError, "The model has Linear layers named"),
+        ({"model_name_or_path": "./nowhere"}, InputError, r"Model folder \./nowhere does not exist"),
+        ({"dataset_field": ["query", "response"]}, InputError, "Row 1 has no field 'query'"),
+    ],
+)
+def test_a_run_that_cannot_be_writes_nothing(settings, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        bonetune.train(settings | changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lora_sized_learning_rate_is_remarked_on(settings):
+    with pytest.warns(UserWarning, match="is of LoRA's size"):
+        planned = plan(settings | {"learning_rate": 2e-2})
+    assert len(planned.notes) == 1
+    assert plan(settings | {"learning_rate": None}).notes == []
+
+
+def test_a_plan_counts_what_it_will_do(settings):
+    planned = plan({**settings, "max_steps": None, "num_train_epochs": 2})
+    assert planned.steps == 18
+    assert f"{planned.trainable_parameters:,} trainable parameters" in planned.describe()
+    assert "36 examples" in planned.describe()
+    assert "18 steps" in planned.describe()
