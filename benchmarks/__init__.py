@@ -1,0 +1,1 @@
+"""Measurements. `python -m benchmarks` (or `make bench`) runs them all; nothing here is asserted by tests."""

@@ -1,5 +1,6 @@
 """`bonetune VERB`."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ app.command("env")(env.env)
 
 def main() -> None:
     """Run the command line. Wrong input is one line on standard error and exit code 2."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; read when tqdm is imported
     try:
         app()
     except KeyboardInterrupt:

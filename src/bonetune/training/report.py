@@ -78,7 +78,7 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     axes = figure.subplots()
     if trained:
         steps, losses = zip(*trained, strict=True)
-        window = max(1, len(losses) // 20)
+        window = max(1, len(losses) // 8)
         means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
         axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training loss of each step")
         axes.plot(steps, means, color="tab:blue", linewidth=2, label=f"mean of the last {window}" if window > 1 else None)
