@@ -44,6 +44,7 @@ def test_the_remedy_fits_every_layer():
     spec = ShardSpec("bat", 50)
     shapes = [(576, 576), (192, 576), (1536, 576)]
     remedy = spec.nearest_r(shapes)
+    assert spec.remedy(shapes) == f"r={remedy}"
     for shape in shapes:
         ShardSpec("bat", remedy).check(*shape)
     assert remedy == 48
@@ -52,3 +53,8 @@ def test_the_remedy_fits_every_layer():
 def test_mini_r_must_divide_out():
     with pytest.raises(SpecError, match=r"`mini_r` \(5\) must divide out_features \(12\).*Use mini_r=4"):
         ShardSpec("mini", 4, mini_r=5).check(12, 8)
+
+
+def test_the_remedy_of_mini_is_about_what_is_wrong():
+    assert ShardSpec("mini", 4, mini_r=3).remedy([(32, 8), (16, 8)]) == "mini_r=2"
+    assert ShardSpec("mini", 9, mini_r=3).remedy([(32, 8), (16, 12)]) == "r=8, mini_r=2"

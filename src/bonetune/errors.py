@@ -19,3 +19,11 @@ class SpecError(InputError):
 
 class AdapterFileError(InputError):
     """An adapter file whose tensors do not fit the model or its own configuration."""
+
+
+class TargetError(InputError, TypeError):
+    """A module that cannot be adapted."""
+
+
+class RunError(BonetuneError):
+    """A run or a merge that went wrong although its input was in order. The command line exits with 1."""

@@ -9,27 +9,48 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bonetune.errors import InputError
+
 
 @contextmanager
-def folder_written_beside(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; when the block ends well, its files move into `path`, replacing namesakes.
+def folder_written_beside(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder near `path`; when the block ends well, it becomes `path`.
 
-    If the block raises, `path` is as it was. `path` may hold other files; they stay.
+    If `path` exists, the new files are staged inside it (it may be a mount point) and moved up one by one, configurations
+    last, replacing namesakes; other files stay. With `replace`, the whole old folder gives way to the new one. If the
+    block raises, `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    into = path.exists() and not replace
+    place = path if into else path.parent
+    place.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=place))
     try:
         yield beside
-        if not path.exists():
-            beside.chmod(0o755)  # mkdtemp's are private
-            beside.rename(path)
-        else:
-            for item in sorted(beside.iterdir()):
+        beside.chmod(0o755)  # mkdtemp's are private
+        if into:
+            for item in sorted(beside.iterdir(), key=lambda item: (item.suffix == ".json", item.name)):
                 if (path / item.name).is_dir():
                     shutil.rmtree(path / item.name)
                 item.replace(path / item.name)
+        else:
+            old = beside.with_name(beside.name + "-old")
+            if path.exists():
+                path.rename(old)
+            beside.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def usable_folder(path: Path, name: str) -> None:
+    """Raise `InputError` if `path` is no folder and cannot become one. `name` is the setting's, for the message."""
+    for part in (path, *path.parents):
+        if part.is_dir():
+            if not os.access(part, os.W_OK):
+                raise InputError(f"{name} {path} cannot be written: no permission in {part}.")
+            return
+        if part.exists():
+            raise InputError(f"{name} {path} cannot be a folder: {part} is a file.")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,3 +72,19 @@ def write_json(path: Path, content: Any) -> None:
 def write_json_lines(path: Path, rows: list[Any]) -> None:
     """Write one JSON value a line to `path`, in one step."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a file of JSON lines; a line torn at the end of the file, as a killed writer leaves it, is left out."""
+    values = []
+    # not splitlines: a text in JSON may hold other characters that Unicode counts as ends of lines
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines) - 1:
+                raise
+    return values

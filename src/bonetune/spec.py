@@ -74,17 +74,17 @@ class ShardSpec:
         if r > in_features:
             raise SpecError(
                 f"`r` ({r}) must be less than or equal to in_features ({in_features}) of {where}, shape {shape}. "
-                f"Use r={self.nearest_r([(out_features, in_features)])}."
+                f"Use {self.remedy([(out_features, in_features)])}."
             )
         if self.variant == "mini" and out_features % self.mini_r:
             raise SpecError(
                 f"`mini_r` ({self.mini_r}) must divide out_features ({out_features}) of {where}, shape {shape}. "
-                f"Use mini_r={_nearest_divisor(out_features, self.mini_r)}."
+                f"Use {self.remedy([(out_features, in_features)])}."
             )
         if self.blockwise and (in_features % r or out_features % r):
             raise SpecError(
                 f"Variant {self.variant!r} needs `r` to divide both sides of the weight, but r={r} does not divide "
-                f"{where}, shape {shape}. Use r={self.nearest_r([(out_features, in_features)])}, or variant='bone'."
+                f"{where}, shape {shape}. Use {self.remedy([(out_features, in_features)])}, or variant='bone'."
             )
 
     def nearest_r(self, shapes: Iterable[tuple[int, int]]) -> int:
@@ -93,6 +93,15 @@ class ShardSpec:
         if self.blockwise:
             return _nearest_divisor(math.gcd(*(side for shape in shapes for side in shape)), self.r)
         return min(self.r, *(in_features for _, in_features in shapes))
+
+    def remedy(self, shapes: Iterable[tuple[int, int]]) -> str:
+        """The setting nearest to this one that fits every weight of `shapes`, each (out, in): "r=48", or "mini_r=2"."""
+        shapes = list(shapes)
+        r = f"r={self.nearest_r(shapes)}"
+        if self.variant != "mini":
+            return r
+        mini_r = f"mini_r={_nearest_divisor(math.gcd(*(out_features for out_features, _ in shapes)), self.mini_r)}"
+        return mini_r if all(self.r <= in_features for _, in_features in shapes) else f"{r}, {mini_r}"
 
     def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Shape of the trainable tensor on a weight of shape (out_features, in_features); see the module's table."""

@@ -122,12 +122,14 @@ def test_everything_wrong_with_a_file_is_named_at_once(tmp_path):
         del tensors[f"{base}.0.self_attn.q_proj.bone_block"]
         tensors[f"{base}.7.mlp.up_proj.bone_block"] = torch.zeros(2, 2)
         tensors[f"{base}.1.mlp.up_proj.bone_block"] = torch.zeros(3, 4, 4)
+        tensors[f"{base}.0.mlp.up_proj.lora_A.weight"] = torch.zeros(3, 4)
 
     edit(tmp_path, spoil)
     with pytest.raises(AdapterFileError) as caught:
         PeftModel.from_pretrained(llama(), tmp_path)
     message = str(caught.value)
     assert f"{base}.0.self_attn.q_proj.bone_block.default is missing" in message
+    assert f"{base}.0.mlp.up_proj.lora_A.weight is not expected" in message
     assert f"{base}.7.mlp.up_proj.bone_block is not expected" in message
     assert f"{base}.1.mlp.up_proj.bone_block.default has shape (3, 4, 4), bat needs (12, 4, 4)" in message
 

@@ -290,7 +290,7 @@ class TestErrors:
     @pytest.mark.parametrize("variant", ["bat", "bat-row", "bat-free", "bat-left"])
     def test_an_r_that_cannot_be_names_the_layer_and_the_remedy_and_changes_nothing(self, variant):
         model = llama()
-        with pytest.raises(SpecError, match=r"model\.layers\.0\.self_attn\.q_proj.*14 layers have this problem; r=4 would fit"):
+        with pytest.raises(SpecError, match=r"layers\.0\.self_attn\.q_proj.*14 layers do not fit; r=4 would fit them all"):
             get_peft_model(model, config(variant, r=5))
         assert not any(isinstance(m, BoneLayer) for m in model.modules())
         assert torch.equal(logits(get_peft_model(model, config(variant, r=4, init_weights=True))), logits(llama()))
@@ -300,8 +300,11 @@ class TestErrors:
             get_peft_model(llama(), config(r=49, target_modules=["down_proj"], layers_to_transform=[0]))
 
     def test_a_layer_that_is_not_linear(self):
-        with pytest.raises(TypeError, match=r"is not supported.*modules_to_save"):
-            get_peft_model(llama(), config(target_modules=["embed_tokens"]))
+        """Found before the first layer is replaced."""
+        model = llama()
+        with pytest.raises(TypeError, match=r"embed_tokens \(Embedding\) is not supported.*modules_to_save"):
+            get_peft_model(model, config(target_modules=["q_proj", "embed_tokens"]))
+        assert not any(isinstance(m, BoneLayer) for m in model.modules())
 
     def test_adapter_names_are_refused_not_ignored(self):
         with pytest.raises(ValueError, match="does not support `adapter_names`"):
@@ -355,3 +358,37 @@ def test_lora_beside_bone_is_still_lora():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.merge_and_unload()
+
+
+@pytest.mark.filterwarnings("ignore:.*tie.*")
+@pytest.mark.parametrize("variant", ["bone", "bat"])
+def test_merging_into_a_tied_weight_leaves_the_other_end_alone(tmp_path, variant):
+    """lm_head and the embedding share a Parameter: the update belongs to lm_head."""
+    base = llama(tie_word_embeddings=True)
+    model = get_peft_model(base, config(variant, target_modules=["lm_head", "q_proj"])).eval()
+    expected, embedding = logits(model), base.model.embed_tokens.weight
+    before = embedding.clone()
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(embedding, before)
+    model.unmerge_adapter()
+    assert base.lm_head.base_layer.weight is embedding
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-4)
+    assert not plain.config.tie_word_embeddings
+    plain.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(type(plain).from_pretrained(tmp_path)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merged_model_may_change_its_dtype():
+    model = adapted("bat", llama())
+    model.add_adapter("other", config("bone"))
+    model.merge_adapter(["default"])
+    model.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="additionally merging"):
+        model.merge_adapter(["other"])
+    assert logits(model).dtype == torch.bfloat16
+    model.unmerge_adapter()
+    for name, tensor in llama().bfloat16().state_dict().items():
+        mine = model.base_model.model.state_dict()
+        assert torch.equal(mine.get(name, mine.get(name.replace("weight", "base_layer.weight"))), tensor), name

@@ -1,5 +1,6 @@
 """`BoneConfig`: what PEFT reads from and writes to adapter_config.json."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -78,9 +79,11 @@ class BoneConfig(PeftConfig):
             raise InputError(f"`bone_dropout` should be at least 0 and less than 1, got {self.bone_dropout!r}.")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+                raise InputError(f"`{name}` cannot be used when `target_modules` is a str. List the modules' names instead.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise InputError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        for name in ("target_modules", "exclude_modules"):
+            _check_regular_expression(name, getattr(self, name))
         for r in (self.r, *self.rank_pattern.values()):
             ShardSpec(parse_variant(self.variant), r, self.mini_r)
 
@@ -107,3 +110,11 @@ class BoneConfig(PeftConfig):
             if isinstance(content[name], set):
                 content[name] = sorted(content[name])
         return {key: value for key, value in content.items() if key not in _NEWER_DEFAULTS or value != _NEWER_DEFAULTS[key]}
+
+
+def _check_regular_expression(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise InputError(f"`{name}`={value!r} is not a regular expression: {error}.") from error

@@ -30,8 +30,8 @@ class BoneLayer(BaseTunerLayer):
         self.bone_scaling: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # The base weight as it was before merging: what makes unmerging exact. Outside any state dict.
-        self._unmerged_weight: Tensor | None = None
+        # The base weight as it was before merging: what makes unmerging exact. In a list, and so outside any state dict.
+        self._unmerged_weight: list[Tensor] = []
         frozen = self.get_base_layer()
         self.in_features, self.out_features = int(frozen.in_features), int(frozen.out_features)  # pyright: ignore[reportArgumentType]  (nn.Module's attributes are untyped)
 
@@ -131,23 +131,39 @@ class BoneLayer(BaseTunerLayer):
         merged = merge(frozen, self.updates([*self.merged_adapters, *adapter_names]))
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken")
-        self._unmerged_weight = frozen
-        self.set_base_weight(merged)
+        if not self._unmerged_weight:
+            self._unmerged_weight = [frozen]
+        self._put_weight(merged)
         self.merged_adapters.extend(adapter_names)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back as it was before merging, bit for bit."""
-        if not self.merged or self._unmerged_weight is None:
+        if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        now = self.get_base_weight()
-        self.set_base_weight(self._unmerged_weight.to(now.device, now.dtype))
-        self._unmerged_weight = None
+        self._put_weight(self._frozen_weight())
+        self._unmerged_weight.clear()
         self.merged_adapters.clear()
 
     def _frozen_weight(self) -> Tensor:
-        return self.get_base_weight() if self._unmerged_weight is None else self._unmerged_weight
+        """The weight without adapters, on the device and in the dtype that the layer has now."""
+        now = self.get_base_layer().weight if self.quantization_backend is None else self.get_base_weight()
+        return self._unmerged_weight[0].to(now.device, now.dtype) if self._unmerged_weight else now
+
+    def _put_weight(self, weight: Tensor) -> None:
+        """Give the base layer another weight; the Parameter it had is not written to.
+
+        It may be tied to another layer's, an embedding's for instance, which a merge must not change. Unmerging puts the very
+        Parameter back, and with it the tie.
+        """
+        if self.quantization_backend is not None:
+            self.set_base_weight(weight)
+            return
+        frozen = self.get_base_layer()
+        if not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight, requires_grad=frozen.weight.requires_grad)
+        frozen.weight = weight
 
 
 class BoneLinear(nn.Module, BoneLayer):

@@ -10,7 +10,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPP
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from bonetune.errors import AdapterFileError, BonetuneError, SpecError
+from bonetune.errors import AdapterFileError, BonetuneError, SpecError, TargetError
 from bonetune.spec import ShardSpec
 from bonetune.tuner.config import BoneConfig
 from bonetune.tuner.layer import BoneLayer, BoneLinear
@@ -52,8 +52,21 @@ class BoneModel(BaseTuner):
         """Check every targeted layer before the first one is replaced."""
         _maybe_include_all_linear_layers(peft_config, model)
         misfits: list[tuple[ShardSpec, tuple[int, int], SpecError]] = []
+        inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
-            if not _is_linear(module) or not self._check_target_module_exists(peft_config, name):
+            if (name.startswith(inside) and inside) or not name:
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside += (name + ".",)
+            if not self._check_target_module_exists(peft_config, name):
+                continue
+            if not self._can_be_adapted(module):
+                raise TargetError(
+                    f"Target module {name} ({type(module).__name__}) is not supported. Currently, only `torch.nn.Linear` "
+                    "(optionally quantized) is supported: leave it out of `target_modules`, or train it whole through "
+                    "`modules_to_save`."
+                )
+            if not _is_linear(module):
                 continue
             spec, shape = peft_config.spec(name), (int(module.out_features), int(module.in_features))  # pyright: ignore[reportArgumentType]
             try:
@@ -64,9 +77,10 @@ class BoneModel(BaseTuner):
             raise misfits[0][-1]
         if misfits:
             spec = misfits[0][0]
-            shapes = [shape for _, shape, _ in misfits]
+            alike = [shape for other, shape, _ in misfits if other == spec]
             raise SpecError(
-                f"{misfits[0][-1]} {len(misfits)} layers have this problem; r={spec.nearest_r(shapes)} would fit them all."
+                f"{misfits[0][-1]} {len(misfits)} layers do not fit; {spec.remedy(alike)} would fit "
+                f"{'them all' if len(alike) == len(misfits) else f'{len(alike)} of them'}."
             )
 
     def _create_and_replace(
@@ -79,7 +93,9 @@ class BoneModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, BoneLayer) else self._create_new_module(target)
+        if not self._can_be_adapted(target):  # where modules were named by a state dict
+            raise TargetError(f"Target module {current_key} ({type(target).__name__}) is not supported.")
+        layer = target if isinstance(target, BoneLayer) else BoneLinear(target, **get_quantization_kwargs(self))
         layer.update_layer(
             adapter_name,
             peft_config.spec(current_key),
@@ -94,15 +110,10 @@ class BoneModel(BaseTuner):
                 layer.requires_grad_(False)  # a further adapter is not trained until it is made active
             self._replace_module(parent, target_name, layer, target)
 
-    def _create_new_module(self, target: nn.Module) -> BoneLinear:
-        frozen = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    def _can_be_adapted(self, module: nn.Module) -> bool:
+        frozen = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         quantized = resolve_quantization_backend(frozen, **get_quantization_kwargs(self))
-        if not isinstance(frozen, nn.Linear) and (quantized is None or quantized.layer_type != "linear"):
-            raise TypeError(
-                f"Target module {target} is not supported. Currently, only `torch.nn.Linear` (optionally quantized) is "
-                "supported: leave it out of `target_modules`, or train it whole through `modules_to_save`."
-            )
-        return BoneLinear(target, **get_quantization_kwargs(self))
+        return isinstance(frozen, nn.Linear) or (quantized is not None and quantized.layer_type == "linear")
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -131,7 +142,7 @@ class BoneModel(BaseTuner):
                     dropout=config.bone_dropout,
                     inference_mode=config.inference_mode,
                 )
-        _check_tensors(config, adapter_name, layers, remapped)
+        _check_tensors(config, adapter_name, layers, remapped, known=set(model.state_dict()))
         return remapped
 
 
@@ -152,10 +163,13 @@ def _is_of_november_2024(config: BoneConfig, layers: dict[str, BoneLayer], tenso
     return not config.variant_was_named and config.variant == "bone" and bool(found) and all(t.dim() == 3 for t in found)
 
 
-def _check_tensors(config: BoneConfig, adapter_name: str, layers: dict[str, BoneLayer], tensors: dict[str, Tensor]) -> None:
+def _check_tensors(
+    config: BoneConfig, adapter_name: str, layers: dict[str, BoneLayer], tensors: dict[str, Tensor], known: set[str]
+) -> None:
     """Raise `AdapterFileError` naming every tensor that is missing, unexpected or of another shape."""
     wrong = [f"{key} is missing" for key in layers if key not in tensors]
-    wrong += [f"{key} is not expected" for key in tensors if ".bone_block" in key and key not in layers]
+    known |= set(layers)
+    wrong += [f"{key} is not expected" for key in tensors if not {key, key.removeprefix("base_model.model.")} & known]
     for key, layer in layers.items():
         expected = layer.bone_spec[adapter_name].shape(layer.out_features, layer.in_features)
         if key in tensors and tuple(tensors[key].shape) != expected:
