@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-slow lint types bench clean
 
 demo: $(READY)
-	$(BIN)/bonetune demo
+	$(BIN)/bonetune demo --overwrite
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
@@ -31,6 +31,8 @@ clean:
 
 # torch first and alone: a constraint that the index satisfies with a CPU build keeps pip from looking further
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "bonetune needs Python 3.11 or newer with venv: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

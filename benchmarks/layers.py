@@ -17,7 +17,7 @@ R = 64
 
 def methods(out: int, inp: int) -> dict[str, Any]:
     """PEFT configurations by name; None is the frozen layer. LoRA's rank gives bone's number of parameters, r * out."""
-    target = {"target_modules": ["0"]}
+    target: dict[str, Any] = {"target_modules": ["0"]}
     return {
         "frozen": None,
         "lora": LoraConfig(r=max(1, round(R * out / (out + inp))), **target),

@@ -9,7 +9,7 @@ from typing import Any
 from bonetune.data import reasoning_problems
 from bonetune.errors import InputError
 from bonetune.evaluation import Proportion, TaskResult, evaluate, most_frequent, sign_test
-from bonetune.files import write_json, write_json_lines
+from bonetune.files import usable_folder, write_json, write_json_lines
 from bonetune.merging import merge
 from bonetune.models import Loaded, load_base, smollm2
 from bonetune.spec import parse_variant
@@ -80,7 +80,8 @@ def demo(
     config = make_config(_settings(variant, r, steps, seed, learning_rate, folder, smollm2()))
     say(f"Problems: {steps * BATCH_SIZE} to learn from and {TEST_SIZE} to be examined on, of the kind {TASK}.")
     training, test = _problems(steps * BATCH_SIZE, seed)
-    if (folder / "adapter").exists() and not overwrite:
+    usable_folder(folder, "output_dir")
+    if any((folder / name).exists() for name in ("adapter", "merged")) and not overwrite:
         raise InputError(f"{folder} already holds a demonstration: pass --overwrite, or another --output-dir.")
     write_json_lines(folder / "train.jsonl", training)
     write_json_lines(folder / "test.jsonl", test)

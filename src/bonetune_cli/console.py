@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-console = Console(stderr=True, highlight=False)
-out = Console(highlight=False)
+# no markup: texts of users and paths may hold brackets; no wrapping: programs and logs read lines
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+out = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:
@@ -23,7 +24,7 @@ def quiet_libraries() -> None:
     logging.getLogger("bonetune").setLevel(logging.INFO)
     for module in ("transformers", "torch", "peft", "accelerate"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
-    warnings.showwarning = lambda message, *args, **kwargs: console.print(f"[yellow]warning:[/] {message}")
+    warnings.showwarning = lambda message, *args, **kwargs: console.print(f"warning: {message}", style="yellow")
 
 
 def progress() -> Progress:

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable
 
 import typer
 
@@ -23,28 +22,28 @@ app.command("env")(env.env)
 
 
 def main() -> None:
-    """Run the command line. Wrong input is one line on standard error and exit code 2."""
+    """Run the command line. Wrong input is one line on standard error and exit code 2; a run that failed, exit code 1."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; read when tqdm is imported
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = _one_line(error)
-        if message is None:
+        code = _exit_code(error)
+        if code is None:
             raise
-        print(f"bonetune: {message}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        print(f"bonetune: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        sys.exit(code)
 
 
-def _one_line(error: Exception) -> str | None:
-    """The message of an error that the user can mend; None for any other."""
+def _exit_code(error: Exception) -> int | None:
+    """2 for what the user can mend, 1 for a run that failed on its way, None for a defect, which keeps its traceback."""
     if "bonetune" not in sys.modules:
         return None
     from peft.utils.error import NoMatchingPeftModuleError
 
-    from bonetune.errors import BonetuneError
+    from bonetune.errors import BonetuneError, RunError
 
-    known: tuple[type[Exception], ...] = (BonetuneError, NoMatchingPeftModuleError)
-    is_filesystem: Callable[[Exception], bool] = lambda e: isinstance(e, PermissionError | IsADirectoryError)  # noqa: E731
-    return " ".join(str(error).split()) if isinstance(error, known) or is_filesystem(error) else None
+    if isinstance(error, RunError):
+        return 1
+    return 2 if isinstance(error, BonetuneError | NoMatchingPeftModuleError | PermissionError) else None

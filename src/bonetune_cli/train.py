@@ -26,7 +26,7 @@ def train(
 
     quiet_libraries()
     if dry_run:
-        planned = plan(config, overrides)
+        planned = plan(config, overrides, resume=resume, overwrite=overwrite)
         out.print(planned.describe())
         out.print(planned.config.to_yaml(), end="")
         return

@@ -59,6 +59,16 @@ def test_dry_run_writes_nothing(project, run):
     assert not (project / "run").exists()
 
 
+def test_brackets_in_a_template_are_shown_as_they_are(project, run):
+    shown = run("train", project / "run.yaml", "--dry-run", "prompt_template='[INST] {instruction} [/INST]'").out
+    assert "prompt_template: '[INST] {instruction} [/INST]'" in shown
+
+
+@pytest.mark.filterwarnings("ignore:.*LoRA's size.*")
+def test_a_run_that_fails_on_its_way_exits_with_1(project, run):
+    assert "has fallen apart" in run("train", project / "run.yaml", "learning_rate=1e20", "max_steps=5", code=1).err
+
+
 def test_overwrite_and_resume(project, run):
     run("train", project / "run.yaml", "save_steps=1")
     assert "already holds a run" in run("train", project / "run.yaml", code=2).err

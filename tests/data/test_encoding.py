@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bonetune.data import Encoded, RowFormat, collate, encode_rows
+from bonetune.data import Encoded, RowFormat, collate, encode_rows, prompt_tokens
 from bonetune.data.encoding import IGNORED
 from bonetune.errors import InputError
 
@@ -32,6 +32,7 @@ def test_a_tokenizer_that_opens_texts_opens_them_once(tokenizer):
     (example, _), _ = encode_rows(ROWS, FORMAT, tokenizer, max_length=64)
     assert example.input_ids.count(tokenizer.bos_token_id) == 1
     assert example.input_ids[0] == tokenizer.bos_token_id
+    assert prompt_tokens(tokenizer, "a") == prompt_tokens(tokenizer, "<bos>a") == tokenizer("a").input_ids
 
 
 def test_too_long_is_an_error_with_the_count_and_the_99th_percentile(tokenizer):
@@ -68,6 +69,17 @@ def test_examples_with_nothing_to_learn_are_refused(tokenizer):
         encode_rows(rows, FORMAT, _bytewise(tokenizer), 5, "right")
     with pytest.raises(InputError, match="All 1 examples are longer than max_length=5"):
         encode_rows(rows, FORMAT, _bytewise(tokenizer), 5, "drop")
+
+
+def test_rows_are_numbered_as_in_the_file(tokenizer):
+    rows = [{"prompt": "abcdefgh", "completion": "x"}, {"prompt": "ab", "completion": "c"}]
+    (kept,), _ = encode_rows(rows, FORMAT, _bytewise(tokenizer), 5, "drop")
+    assert kept.row == 2
+
+
+def test_an_empty_prompt_needs_an_opening_token(tokenizer):
+    with pytest.raises(InputError, match="An empty prompt"):
+        prompt_tokens(tokenizer, "")
 
 
 def test_a_later_row_that_does_not_fit_is_named(tokenizer):

@@ -42,6 +42,8 @@ def test_messages_supervise_every_word_of_the_assistant_and_no_other(tokenizer):
         ({"messages": "hello"}, None, "not a list of objects"),
         ({"messages": []}, None, "not a list of objects"),
         ({"messages": [{"role": "user", "content": "x"}]}, None, "the last message is not the assistant's"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, None, "the first message is the assistant's"),
+        ({"a": "x"}, ["a"], "dataset_field names two fields"),
     ],
 )
 def test_rows_that_do_not_fit(row, fields, message):
@@ -61,3 +63,27 @@ def test_a_template_that_rewrites_the_past_is_refused(tokenizer):
     row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     with pytest.raises(InputError, match="cannot be told from the rest"):
         RowFormat.detect(row).segments(row, tokenizer)
+
+
+def test_a_prompt_template_without_a_place_for_the_instruction_is_refused():
+    with pytest.raises(InputError, match=r"lacks \{instruction\}"):
+        RowFormat.detect({"a": "x", "b": "y"}, ["a", "b"], "Hello")
+
+
+def test_a_template_without_an_end_of_text_still_teaches_the_end(tokenizer):
+    turns = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}assistant: {% endif %}"
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    assert RowFormat.detect(row).segments(row, tokenizer)[-1] == Segment("y\n<|im_end|>", True)
+
+
+def test_a_template_that_refuses_a_role_says_so(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    row = {"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    with pytest.raises(InputError, match="refuses a conversation of system: System role not supported"):
+        RowFormat.detect(row).segments(row, tokenizer)
+
+
+def test_an_answer_that_ends_itself_ends_once(tokenizer):
+    row = {"prompt": "1+1=", "completion": " 2<|im_end|>"}
+    assert RowFormat.detect(row).segments(row, tokenizer)[-1].text == " 2<|im_end|>"

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from conftest import llama
+from transformers import GenerationConfig
 
 import bonetune
 from bonetune.errors import InputError
@@ -30,6 +31,29 @@ def test_batched_generation_is_greedy_decoding_of_each_prompt(tokenizer, batch_s
     answers = generate(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=batch_size, on_batch=done.append)
     assert answers == [greedy(model, tokenizer, prompt, 6) for prompt in PROMPTS]
     assert sum(done) == len(PROMPTS)
+
+
+def test_greedy_is_greedy_whatever_the_model_asks_for(tokenizer):
+    """Penalties, beams and sampling stand in many models' generation_config; so does another end of text."""
+    model = llama()
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
+    own = GenerationConfig(
+        do_sample=True, temperature=5.0, num_beams=3, num_return_sequences=2, repetition_penalty=3.0, no_repeat_ngram_size=1,
+        return_dict_in_generate=True, eos_token_id=7,
+    )  # fmt: skip
+    model.generation_config = own
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=6) == expected
+    assert model.generation_config is own
+
+
+def test_an_answer_ends_where_training_taught_it_to(tokenizer):
+    model = llama()
+    model.generation_config.eos_token_id = 7
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every logit is 0 ...
+        hidden = model.model(tokenizer("a", return_tensors="pt").input_ids)[0][0, -1]
+        model.lm_head.weight[tokenizer.eos_token_id] = 1e3 * hidden  # ... but that of the tokenizer's end of text
+    assert generate(model, tokenizer, ["a"], max_new_tokens=6) == [""]
 
 
 @pytest.fixture
@@ -88,3 +112,26 @@ def test_bad_input(data, model_folder, arguments, message):
     settings = {"model": str(model_folder), "tasks": ["loss"], "data": str(data)} | arguments
     with pytest.raises(InputError, match=message):
         bonetune.evaluate(**settings)
+
+
+def test_an_adapter_is_examined_with_the_prompt_it_was_trained_with(tmp_path, model_folder):
+    (tmp_path / "rows.jsonl").write_text('{"q": "one", "a": "two"}\n' * 8)
+    settings = {
+        "model_name_or_path": str(model_folder),
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "dataset_field": ["q", "a"],
+        "prompt_template": "Q: {instruction} A:",
+        "r": 4,
+    }
+    bonetune.train(settings)
+    (result,) = bonetune.evaluate(str(tmp_path / "run"), ["exact-match"], data=settings["dataset_name"], max_new_tokens=1)
+    assert result.records[0]["prompt"] == "Q: one A:"
+    other = {"data": settings["dataset_name"], "max_new_tokens": 1, "prompt_template": "{instruction}!"}
+    (result,) = bonetune.evaluate(str(tmp_path / "run"), ["exact-match"], **other)
+    assert result.records[0]["prompt"] == "one!"
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(data, model_folder):
+    with pytest.raises(InputError, match="is a file"):
+        bonetune.evaluate(str(model_folder), ["loss"], data=str(data), output_dir=str(data / "out"))

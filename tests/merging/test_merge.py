@@ -1,15 +1,17 @@
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 from adapted_models import IDS, config
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bonetune
 from bonetune import VARIANTS, BoneLayer
-from bonetune.errors import AdapterFileError, InputError
+from bonetune.errors import AdapterFileError, InputError, RunError
 from bonetune.merging import certify, witness
 
 
@@ -78,6 +80,68 @@ def test_a_certificate_does_not_hold_for_another_model(tmp_path, model_folder, d
     assert other.mean_kl > 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_without_the_update_is_never_certified(tmp_path, model_folder, dtype, monkeypatch):
+    """However small the update: what was lost is not equal up to rounding."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config("bone", init_weights=True)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bone_block" in name:
+                parameter.uniform_(-2e-3, 2e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr("peft.PeftModel.merge_and_unload", lambda self: self.unload(), raising=False)
+    monkeypatch.setattr("bonetune.BoneModel.merge_and_unload", lambda self: self.unload())
+    with pytest.raises(RunError, match=r"is not the adapted one, so .* was not written"):
+        bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "merged"), dtype=dtype)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_nan_equals_nothing(model_folder):
+    tokenizer, model = AutoTokenizer.from_pretrained(model_folder), AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    assert not certify(model, witness(model, tokenizer, ["a"])).holds
+
+
+def test_rounded_once_to_the_dtype_asked_for(tmp_path, model_folder):
+    adapted = save_adapter(model_folder, tmp_path / "adapter", config("bat"))
+    bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "merged"), dtype="bfloat16")
+    exact = adapted.merge_and_unload().state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict().items():
+        assert torch.equal(tensor, exact[name].bfloat16()), name
+
+
+def test_prompts_may_hold_any_character_and_junk_is_named(tmp_path, model_folder):
+    save_adapter(model_folder, tmp_path / "adapter", config("bone"))
+    prompts = tmp_path / "adapter" / "prompts.jsonl"
+    prompts.write_text(json.dumps("a\u2028b\u0085", ensure_ascii=False) + '\n""\n', encoding="utf-8")
+    assert bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "merged")).certificate.prompts == 1
+    prompts.write_text("junk\nmore\n")
+    with pytest.raises(InputError, match=r"prompts\.jsonl does not hold a text"):
+        bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "again"))
+
+
+def test_overwriting_replaces_a_merged_model_whole_and_nothing_else(tmp_path, model_folder):
+    save_adapter(model_folder, tmp_path / "adapter", config("bone"))
+    adapter, output = str(tmp_path / "adapter"), tmp_path / "merged"
+    bonetune.merge(adapter, str(output))
+    (output / "stale.bin").write_text("old")
+    bonetune.merge(adapter, str(output), overwrite=True)
+    assert not (output / "stale.bin").exists()
+    with pytest.raises(InputError, match="something else than a merged model"):
+        bonetune.merge(adapter, adapter, overwrite=True)
+
+
+def test_the_merged_model_knows_where_its_answers_end(tmp_path, model_folder):
+    save_adapter(model_folder, tmp_path / "adapter", config("bone"))
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
+    bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "merged"), base=str(base))
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [1, 7]
+
+
 def test_a_merge_that_does_not_come_through_leaves_nothing(tmp_path, model_folder, monkeypatch):
     save_adapter(model_folder, tmp_path / "adapter", config("bone"))
 
@@ -97,6 +161,8 @@ def test_bad_input(tmp_path, model_folder):
         bonetune.merge(str(model_folder), output)
     with pytest.raises(InputError, match="already exists"):
         bonetune.merge(adapter, str(model_folder))
+    with pytest.raises(InputError, match="scale should be a finite number"):
+        bonetune.merge(adapter, output, scale=float("nan"))
     with pytest.raises(InputError, match="Unknown dtype 'int3'"):
         bonetune.merge(adapter, output, dtype="int3")
     with pytest.raises(InputError, match="does not exist"):
@@ -110,6 +176,21 @@ def test_bad_input(tmp_path, model_folder):
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(changed))
         with pytest.raises(error, match=message):
             bonetune.merge(adapter, output)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "FOO"}))
+    with pytest.raises(AdapterFileError, match="PEFT knows no method 'FOO'"):
+        bonetune.merge(adapter, output)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for content, message in ((whole[:-8], "cannot be loaded onto"), (None, "has a configuration but no weights")):
+        weights.unlink() if content is None else weights.write_bytes(content)
+        with pytest.raises(AdapterFileError, match=message):
+            bonetune.merge(adapter, output)
+    tensors = load(whole)
+    next(iter(tensors.values()))[0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(AdapterFileError, match="holds values that are not finite"):
+        bonetune.merge(adapter, output)
     (tmp_path / "adapter" / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterFileError, match="is not JSON"):
         bonetune.merge(adapter, output)

@@ -33,6 +33,13 @@ def test_a_written_config_reads_back(tmp_path):
         ({"variant": "batt"}, "variant: input should be 'bone'.*got 'batt'"),
         ({"learning_rate": "fast"}, "learning_rate: input should be a valid number.*got 'fast'"),
         ({"output_dir": None}, "output_dir: input should be a valid string"),
+        ({"r": True}, "r: input should not be a boolean, got True"),
+        ({"learning_rate": ".inf"}, "learning_rate: input should be a (finite|valid) number"),
+        ({"seed": 2**40}, "seed: input should be less than 4294967296"),
+        ({"optim": "adamw_tpyo"}, "optim: transformers has no 'adamw_tpyo'; did you mean 'adamw_"),
+        ({"prompt_template": "hello"}, r"prompt_template lacks \{instruction\}"),
+        ({"layers_to_transform": [0]}, "layers_to_transform needs target_modules to be a list"),
+        ({"eval_steps": 3}, "eval_steps without eval_dataset_name"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value(settings, message):

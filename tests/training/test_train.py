@@ -7,7 +7,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import bonetune
-from bonetune.errors import InputError, SpecError
+from bonetune.errors import InputError, RunError, SpecError
 from bonetune.spec import VARIANTS
 from bonetune.training import plan
 
@@ -139,3 +139,99 @@ def test_a_plan_counts_what_it_will_do(settings):
     assert f"{planned.trainable_parameters:,} trainable parameters" in planned.describe()
     assert "36 examples" in planned.describe()
     assert "18 steps" in planned.describe()
+
+
+def test_a_run_that_falls_apart_stops_with_an_error(settings, tmp_path):
+    with (
+        pytest.warns(UserWarning, match="LoRA's size"),
+        pytest.raises(RunError, match=r"The loss is .* at step \d+.*Lower learning_rate"),
+    ):
+        bonetune.train(settings | {"learning_rate": 1e20})
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_failed_overwrite_leaves_the_old_run(settings, tmp_path):
+    bonetune.train(settings)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    for change in ({"optim": "adamw_tpyo"}, {"target_modules": ["query"]}, {"max_length": 3}):
+        with pytest.raises(ValueError, match=r"adamw_torch|Linear layers named|longer than"):
+            bonetune.train(settings | change, overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()} == before
+
+
+def test_a_finished_run_is_not_trained_further(settings, tmp_path):
+    bonetune.train(settings)
+    weights = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="has done its 6 steps: raise max_steps"):
+        bonetune.train(settings, resume=True)
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == weights
+    assert bonetune.train(settings, {"max_steps": 7}, resume=True).steps == 7
+
+
+@pytest.mark.parametrize("change", [{"variant": "bat-left"}, {"r": 8}, {"seed": 5}, {"learning_rate": 1e-4}])
+def test_a_run_is_resumed_as_what_it_was(settings, tmp_path, change):
+    settings |= {"variant": "bat", "save_steps": 2}
+    bonetune.train(settings)
+    name, value = next(iter(change.items()))
+    with pytest.raises(InputError, match=f"started with other settings: {name} .*now {value!r}"):
+        bonetune.train(settings | {"max_steps": 8} | change, resume=True)
+    assert f"{name}: {value}" not in (tmp_path / "run" / "run.yaml").read_text()
+
+
+def test_resuming_passes_over_what_is_no_whole_checkpoint(settings, tmp_path):
+    bonetune.train(settings | {"save_steps": 3})
+    run = tmp_path / "run"
+    (run / "checkpoint-best").mkdir()
+    (run / "checkpoint-6" / "optimizer.pt").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    assert bonetune.train(settings, {"max_steps": 7, "save_steps": 3}, resume=True).steps == 7
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 8))
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "epochs"), [(4, 1, 1), (5, 3, 2), (1, 5, 0.5), (8, 2, 1.5), (64, 4, 1)])
+def test_a_plan_counts_steps_as_the_trainer_does(settings, batch, accumulation, epochs):
+    settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    settings |= {"num_train_epochs": epochs, "max_steps": None}
+    assert plan(settings).steps == bonetune.train(settings).steps
+
+
+def test_evaluation_while_training_is_that_of_bonetune_eval(settings, tmp_path):
+    rows = [{"prompt": "a", "completion": " b" * n} for n in (1, 2, 3, 9, 17)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = {"eval_dataset_name": str(tmp_path / "held.jsonl"), "eval_steps": 6}
+    bonetune.train(settings | held_out | {"per_device_train_batch_size": 2})
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]["eval_loss"]
+    (result,) = bonetune.evaluate(str(tmp_path / "run"), ["loss"], data=str(tmp_path / "held.jsonl"))
+    assert logged == pytest.approx(result.score, rel=1e-5)
+
+
+def test_an_output_folder_on_another_file_system(settings, tmp_path):
+    import tempfile
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        (tmp_path / "run").symlink_to(elsewhere)
+        bonetune.train(settings)
+        assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modules_to_save": ["nonsense"]}, "modules_to_save names modules that the model does not have: nonsense"),
+        ({"target_modules": "["}, "is not a regular expression"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "is not supported"),
+        ({"output_dir": "{data}/run"}, "is a file"),
+    ],
+)
+def test_more_that_cannot_be(settings, tmp_path, change, message):
+    change = {k: v.replace("{data}", settings["dataset_name"]) if isinstance(v, str) else v for k, v in change.items()}
+    with pytest.raises(InputError, match=message):
+        bonetune.train(settings | change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_and_overwrite_exclude_each_other(settings):
+    with pytest.raises(InputError, match="pass one of them"):
+        bonetune.train(settings, resume=True, overwrite=True)

@@ -392,3 +392,16 @@ def test_a_merged_model_may_change_its_dtype():
     for name, tensor in llama().bfloat16().state_dict().items():
         mine = model.base_model.model.state_dict()
         assert torch.equal(mine.get(name, mine.get(name.replace("weight", "base_layer.weight"))), tensor), name
+
+
+@pytest.mark.filterwarnings("ignore:.*additionally merging.*")
+@pytest.mark.parametrize("order", [["default", "other"], ["other", "default"]])
+def test_merging_one_after_the_other_is_merging_both(order):
+    """Each update comes from the frozen weight, not from what an earlier merge made of it."""
+    model = adapted("bat")
+    model.add_adapter("other", config("bat-row"))
+    model.base_model.set_adapter(["default", "other"])
+    expected = logits(model)
+    for name in order:
+        model.merge_adapter([name])
+    torch.testing.assert_close(logits(model), expected)

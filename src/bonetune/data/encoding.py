@@ -16,10 +16,11 @@ Truncation = Literal["error", "drop", "left", "right"]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example: token ids, and labels equal to them where supervised, else `IGNORED`."""
+    """One example: token ids, labels equal to them where supervised, else `IGNORED`, and its row's number from 1."""
 
     input_ids: list[int]
     labels: list[int]
+    row: int = 0
 
     @property
     def supervised(self) -> int:
@@ -63,14 +64,15 @@ def encode_rows(
     encoded = []
     for number, row in enumerate(rows, 1):
         row_format.check(row, number)
-        encoded.append(encode(row_format.segments(row, tokenizer), tokenizer, opens_itself=row_format.kind == "messages"))
+        ids, labels = _join(row_format.segments(row, tokenizer), tokenizer, opens_itself=row_format.kind == "messages")
+        encoded.append(Encoded(ids, labels, number))
     kept = _fit(encoded, max_length, truncation)
     if not kept:
         raise InputError(f"All {len(encoded)} examples are longer than max_length={max_length}: raise max_length.")
-    silent = [number for number, example in enumerate(kept, 1) if not example.supervised]
+    silent = [example.row for example in kept if not example.supervised]
     if silent:
         raise InputError(
-            f"{len(silent)} of {len(kept)} examples have no supervised token (the first is number {silent[0]}): their loss "
+            f"{len(silent)} of {len(kept)} examples have no supervised token (the first is row {silent[0]}): their loss "
             "would be zero and nothing would be learned. Check for empty answers, and max_length and truncation."
         )
     return kept, Lengths(
@@ -82,15 +84,27 @@ def encode_rows(
     )
 
 
-def encode(segments: Sequence[Segment], tokenizer: Any, *, opens_itself: bool = False) -> Encoded:
-    """Join the segments' tokens; labels where supervised. A chat template `opens_itself`: no token is put before it."""
+def _join(segments: Sequence[Segment], tokenizer: Any, *, opens_itself: bool) -> tuple[list[int], list[int]]:
+    """Token ids and labels of the segments. A chat template `opens_itself`: no token is put before it."""
     ids: list[int] = [] if opens_itself else opening_tokens(tokenizer)
     labels = [IGNORED] * len(ids)
     for segment in segments:
         tokens = tokenizer(segment.text, add_special_tokens=False).input_ids
         ids += tokens
         labels += tokens if segment.supervised else [IGNORED] * len(tokens)
-    return Encoded(ids, labels)
+    return ids, labels
+
+
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt's token ids as training saw them: with the tokenizer's opening tokens, once.
+
+    Raises `InputError` if there are none, so that a model would have nothing to go on from.
+    """
+    opening, ids = opening_tokens(tokenizer), tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = ids if ids[: len(opening)] == opening else opening + ids
+    if not ids:
+        raise InputError("An empty prompt, and a tokenizer without an opening token: there is nothing to go on from.")
+    return ids
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:
@@ -114,9 +128,9 @@ def _fit(examples: list[Encoded], max_length: int, truncation: Truncation) -> li
         case "drop":
             return [e for e in examples if len(e.input_ids) <= max_length]
         case "left":
-            return [Encoded(e.input_ids[-max_length:], e.labels[-max_length:]) for e in examples]
+            return [Encoded(e.input_ids[-max_length:], e.labels[-max_length:], e.row) for e in examples]
         case "right":
-            return [Encoded(e.input_ids[:max_length], e.labels[:max_length]) for e in examples]
+            return [Encoded(e.input_ids[:max_length], e.labels[:max_length], e.row) for e in examples]
 
 
 def collate(pad_token_id: int) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:

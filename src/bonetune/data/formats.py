@@ -1,12 +1,15 @@
 """What a row says: which text the model is given and which text it is to learn.
 
 A row becomes segments, each text either supervised or not. Segments are tokenized apart and joined, so that in training
-the model sees a prompt's tokens exactly as it will see them when it answers.
+the model sees a prompt's tokens exactly as it will see them when it answers. (From a conversation's second turn on, that
+holds if the template's turns begin and end with tokens of their own, as templates with special tokens do.)
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import jinja2
 
 from bonetune.errors import InputError
 
@@ -64,6 +67,12 @@ class RowFormat:
         found.check(row, 1)
         return found
 
+    def __post_init__(self) -> None:
+        if self.kind == "instruction" and len(self.fields) != 2:
+            raise InputError(f"dataset_field names two fields, the question's and the answer's, not {list(self.fields)}.")
+        if self.kind == "instruction" and "{instruction}" not in self.template:
+            raise InputError(f"prompt_template {self.template!r:.60} lacks {{instruction}}: every prompt would be the same.")
+
     def check(self, row: dict[str, Any], number: int) -> None:
         """Raise `InputError` if row `number` lacks a field, or holds something else than text in it."""
         for name in self.fields:
@@ -84,7 +93,7 @@ class RowFormat:
                 prompt = self.template.replace("{instruction}", instruction)
             case _:
                 prompt, response = (row[name] for name in self.fields)
-        return [Segment(prompt, False), Segment(response + (tokenizer.eos_token or ""), True)]
+        return [Segment(prompt, False), Segment(response.removesuffix(tokenizer.eos_token) + tokenizer.eos_token, True)]
 
     def question_and_answer(self, row: dict[str, Any], tokenizer: Any) -> tuple[str, str]:
         """The text before the last supervised piece, and the answer expected there, without the end-of-text token."""
@@ -92,7 +101,7 @@ class RowFormat:
             *before, last = row[self.fields[0]]
             return _render(before, tokenizer, add_generation_prompt=True), last["content"]
         prompt, completion = self.segments(row, tokenizer)
-        return prompt.text, completion.text.removesuffix(tokenizer.eos_token or "")
+        return prompt.text, completion.text.removesuffix(tokenizer.eos_token)
 
 
 def _check_messages(messages: Any, number: int) -> None:
@@ -103,6 +112,8 @@ def _check_messages(messages: Any, number: int) -> None:
         raise InputError(f"Row {number}, field 'messages': not a list of objects with the texts role and content.")
     if messages[-1]["role"] != "assistant":
         raise InputError(f"Row {number}, field 'messages': the last message is not the assistant's: nothing to learn from.")
+    if messages[0]["role"] == "assistant":
+        raise InputError(f"Row {number}, field 'messages': the first message is the assistant's, who has nothing to answer.")
 
 
 def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> list[Segment]:
@@ -123,12 +134,18 @@ def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> list[Segmen
         end = answer.rfind(tokenizer.eos_token) + len(tokenizer.eos_token) if tokenizer.eos_token in answer else len(answer)
         segments += [Segment(prompt.removeprefix(done), False), Segment(answer[:end], True), Segment(answer[end:], False)]
         done = whole
-    # what follows the last supervised word teaches nothing
-    return segments[:-1]
+    # what follows the last supervised word teaches nothing; that the answer ends must be taught, template or no template
+    last = segments[-2].text
+    ended = last if last.endswith(tokenizer.eos_token) else last + tokenizer.eos_token
+    return [*segments[:-2], Segment(ended, True)]
 
 
 def _render(messages: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool) -> str:
     if not tokenizer.chat_template:
         raise InputError("Rows with messages need a tokenizer with a chat template, and this one has none.")
     render: Callable[..., str] = tokenizer.apply_chat_template
-    return render(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try:
+        return render(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(f"The tokenizer's chat template refuses a conversation of {roles}: {error}") from error

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from bonetune.data import RowFormat, collate, encode_rows, read_rows
+from bonetune.data import PAPER_PROMPT, RowFormat, collate, encode_rows, read_rows
 from bonetune.errors import InputError
 from bonetune.evaluation.generation import generate
 from bonetune.evaluation.statistics import Proportion
-from bonetune.files import write_json, write_json_lines
+from bonetune.files import usable_folder, write_json, write_json_lines
 from bonetune.losses import completion_loss
 from bonetune.models import Loaded, load_model
 
@@ -51,6 +52,7 @@ def evaluate(
     base: str | None = None,
     dtype: str = "auto",
     dataset_field: Sequence[str] | None = None,
+    prompt_template: str | None = None,
     dataset_split: str = "test",
     batch_size: int = 32,
     max_new_tokens: int = 128,
@@ -67,7 +69,8 @@ def evaluate(
         output_dir: where to write `TASK.jsonl` (records) and `scores.json`.
         base: the adapter's base model, if it is not where the adapter says.
         dtype: of the model's weights.
-        dataset_field: question's and answer's field, for instruction data.
+        dataset_field: question's and answer's field, for instruction data; None takes those the adapter was trained with.
+        prompt_template: with `{instruction}` in it; None takes the one the adapter was trained with, else the papers'.
         dataset_split: split of a data set of the hub.
         batch_size: rows at a time.
         max_new_tokens: longest answer.
@@ -81,8 +84,14 @@ def evaluate(
         raise InputError(f"Unknown task {', '.join(map(repr, unknown)) or '(none)'}: choose from {', '.join(TASKS)}.")
     if limit is not None and limit <= 0:
         raise InputError(f"limit should be a positive number of rows, got {limit}.")
+    if output_dir is not None:
+        usable_folder(Path(output_dir), "output_dir")
     rows = read_rows(data, dataset_split)[:limit]
-    row_format = RowFormat.detect(rows[0], dataset_field)
+    trained_with = _trained_with(model) if isinstance(model, str) else {}
+    template = prompt_template or trained_with.get("prompt_template") or PAPER_PROMPT
+    if dataset_field is None and set(trained_with.get("dataset_field") or ["\0"]) <= set(rows[0]):
+        dataset_field = trained_with["dataset_field"]
+    row_format = RowFormat.detect(rows[0], dataset_field, template)
     for number, row in enumerate(rows, 1):
         row_format.check(row, number)
     loaded = load_model(model, dtype, base) if isinstance(model, str) else model
@@ -90,11 +99,17 @@ def evaluate(
     for task in tasks:
         done = _counter(task, len(rows), on_items)
         results.append(TASKS[task](loaded, rows, row_format, batch_size, max_new_tokens, done))
+        if output_dir is not None:
+            write_json_lines(Path(output_dir) / f"{task}.jsonl", results[-1].records)
     if output_dir is not None:
-        for result in results:
-            write_json_lines(Path(output_dir) / f"{result.task}.jsonl", result.records)
         write_json(Path(output_dir) / "scores.json", [result.summary() for result in results])
     return results
+
+
+def _trained_with(model: str) -> dict[str, Any]:
+    """The settings of the run that made an adapter, from the run.yaml beside it."""
+    file = Path(model) / "run.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _counter(task: str, total: int, on_items: Callable[[str, int, int], None] | None) -> Callable[[int], None]:
@@ -119,7 +134,6 @@ def _exact_match(
         [question for question, _ in pairs],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        opens_itself=row_format.kind == "messages",
         on_batch=done,
     )
     records = [

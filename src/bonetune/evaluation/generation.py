@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from bonetune.data.encoding import opening_tokens
+from bonetune.data import prompt_tokens
+from bonetune.models import greedy
 
 
 @torch.inference_mode()
@@ -16,7 +17,6 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 32,
-    opens_itself: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
     """The model's greedy continuation of each prompt, without special tokens, in the order of the prompts.
@@ -27,11 +27,12 @@ def generate(
         prompts: texts.
         max_new_tokens: where a continuation ends at the latest.
         batch_size: prompts at a time; prompts of like length go together.
-        opens_itself: the prompts come from a chat template and begin with their own opening tokens.
         on_batch: called with the number of prompts done since the last call.
+
+    Raises:
+        InputError: an empty prompt, with a tokenizer that opens texts with nothing.
     """
-    opening = [] if opens_itself else opening_tokens(tokenizer)
-    ids = [opening + tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    ids = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers = [""] * len(ids)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -43,9 +44,7 @@ def generate(
             longest = max(len(ids[i]) for i in batch)
             rows = torch.tensor([[pad] * (longest - len(ids[i])) + ids[i] for i in batch], device=model.device)
             mask = torch.tensor([[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in batch], device=model.device)
-            out = model.generate(
-                input_ids=rows, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
-            )
+            out = greedy(model, tokenizer, rows, mask, max_new_tokens)
             for i, row in zip(batch, out, strict=True):
                 answers[i] = tokenizer.decode(row[longest:], skip_special_tokens=True)
             if on_batch is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bonetune.errors import AdapterFileError, InputError
+from bonetune.errors import AdapterFileError, BonetuneError, InputError
 
 ADAPTER_CONFIG = "adapter_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,24 +80,43 @@ def load_model(name: str, dtype: str = "auto", base: str | None = None) -> Loade
         return load_base(name, dtype)
 
     from peft import PeftModel
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer
 
     import bonetune  # noqa: F401  (makes BONE known to PEFT, whoever calls this)
 
-    loaded = load_base(base or _base_of(folder), dtype)
+    loaded = load_base(_base_of(folder, base), dtype)
     try:
         model = PeftModel.from_pretrained(loaded.model, name)
-    except (OSError, RuntimeError) as error:
+    except KeyError as error:
+        raise AdapterFileError(f"Adapter {name} lacks the tensor {error.args[0]}.") from error
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if isinstance(error, BonetuneError):
+            raise
         raise AdapterFileError(f"Adapter {name} cannot be loaded onto {loaded.base}: {error}") from error
-    return Loaded(model.eval(), loaded.tokenizer, loaded.base, adapter=name)
+    tokenizer = loaded.tokenizer
+    if (folder / "tokenizer_config.json").is_file():  # what it was trained with; a chat template may have been added
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return Loaded(model.eval(), tokenizer, loaded.base, adapter=name)
 
 
-def _base_of(folder: Path) -> str:
+def _base_of(folder: Path, given: str | None) -> str:
+    """The base model's name, after checking that the folder is an adapter's that can be loaded."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterFileError(f"{folder / ADAPTER_CONFIG} is not JSON: {error}.") from error
     if "peft_type" not in config:
         raise AdapterFileError(f"{folder / ADAPTER_CONFIG} has no peft_type: it does not say which method the adapter is of.")
+    if config["peft_type"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise AdapterFileError(f"{folder / ADAPTER_CONFIG}: PEFT knows no method {config['peft_type']!r}.")
+    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise AdapterFileError(f"Adapter {folder} has a configuration but no weights (adapter_model.safetensors).")
+    if given is not None:
+        return given
     if not config.get("base_model_name_or_path"):
         raise InputError(f"{folder / ADAPTER_CONFIG} names no base model: pass --base MODEL.")
     return config["base_model_name_or_path"]

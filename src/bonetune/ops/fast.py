@@ -113,7 +113,7 @@ def _dropped(update: Update, x: Tensor) -> Tensor:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """x as the frozen layer's product would see it: autocast does not look inside the functions below."""
+    """x as the frozen layer's product would see it, so that the updates are computed in the same dtype."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))

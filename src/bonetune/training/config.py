@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from transformers.training_args import OptimizerNames
 
 from bonetune.data import PAPER_PROMPT
 from bonetune.data.encoding import Truncation
@@ -17,12 +18,13 @@ from bonetune.spec import ShardSpec, Variant
 class RunConfig(BaseModel):
     """Everything `bonetune train` can be told. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     # what is trained, on what, to where
     model_name_or_path: str
     dataset_name: str
     eval_dataset_name: str | None = None
+    eval_dataset_split: str = "test"
     output_dir: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
@@ -58,13 +60,36 @@ class RunConfig(BaseModel):
     optim: str = "adamw_torch"
     bf16: bool = False
     gradient_checkpointing: bool = False
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     # what is kept
     logging_steps: PositiveInt = 1
     save_steps: PositiveInt = 500
     save_total_limit: PositiveInt = 2
     eval_steps: PositiveInt | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, settings: Any) -> Any:
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            known = cls.model_fields.get(name)
+            if isinstance(value, bool) and known is not None and known.annotation is not bool:
+                raise ValueError(f"{name}: input should not be a boolean, got {value}")
+        return settings
+
+    @pydantic.model_validator(mode="after")
+    def _settings_fit_each_other(self) -> "RunConfig":
+        if "{instruction}" not in self.prompt_template:
+            raise ValueError("prompt_template lacks {instruction}: every prompt would be the same")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError("layers_to_transform needs target_modules to be a list of names")
+        if self.eval_steps is not None and self.eval_dataset_name is None:
+            raise ValueError("eval_steps without eval_dataset_name: there is nothing to evaluate on")
+        optimizers = [str(name.value) for name in OptimizerNames]
+        if self.optim not in optimizers:
+            near = difflib.get_close_matches(self.optim, optimizers, n=1)
+            raise ValueError(f"optim: transformers has no {self.optim!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return self
 
     @property
     def spec(self) -> ShardSpec:
@@ -140,4 +165,6 @@ def _explain(error: dict[str, Any]) -> str:
         return f"Unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else "")
     if error["type"] == "missing":
         return f"Missing key {key!r}"
+    if error["type"] == "value_error":  # ours
+        return str(error["ctx"]["error"])
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"

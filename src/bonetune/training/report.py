@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from bonetune.files import read_json_lines, write_json_lines
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -34,11 +36,13 @@ class Recorder(TrainerCallback):
         self.path, self.tokens_seen, self.on_progress = path, tokens_seen, on_progress
         self.began = 0.0
         self.first_step = 0
+        self.before: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.first_step = time.perf_counter(), state.global_step
         kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step] if self.first_step else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.before = kept[-1] if kept else self.before
+        write_json_lines(self.path, kept)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or not ("loss" in logs or "eval_loss" in logs):
@@ -48,8 +52,8 @@ class Recorder(TrainerCallback):
         line = {
             "step": state.global_step,
             "epoch": state.epoch,
-            "seconds": round(seconds, 3),
-            "tokens": self.tokens_seen(),
+            "seconds": round(self.before["seconds"] + seconds, 3),
+            "tokens": self.before["tokens"] + self.tokens_seen(),
             **kept,
         }
         with self.path.open("a", encoding="utf-8") as file:
@@ -63,9 +67,7 @@ class Recorder(TrainerCallback):
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; none if there is no such file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_json_lines(path) if path.is_file() else []
 
 
 def plot_loss(metrics: list[dict[str, Any]], path: Path, title: str) -> None:

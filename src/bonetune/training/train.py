@@ -1,5 +1,6 @@
 """`bonetune train`: the loop is transformers' Trainer, with our batches and loss."""
 
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from peft import get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from bonetune.data import Encoded, Lengths, RowFormat, collate, encode_rows, read_rows
-from bonetune.errors import InputError
-from bonetune.files import folder_written_beside, write_json_lines, write_text
+from bonetune.data.encoding import IGNORED
+from bonetune.errors import InputError, RunError
+from bonetune.files import folder_written_beside, usable_folder, write_json_lines, write_text
 from bonetune.losses import completion_loss
 from bonetune.models import Loaded, load_base
 from bonetune.training.config import RunConfig, load_config, make_config, parse_overrides
@@ -22,6 +24,11 @@ from bonetune.training.report import Progress, Recorder, plot_loss, read_metrics
 from bonetune.tuner import BoneConfig
 
 RUN_FILE, METRICS_FILE, PROMPTS_FILE, PLOT_FILE = "run.yaml", "metrics.jsonl", "prompts.jsonl", "loss.png"
+# What may differ when a run goes on: how long it goes, what it reports and keeps, where it lies.
+MAY_CHANGE_ON_RESUME = {
+    *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "output_dir"),
+    *("eval_dataset_name", "eval_dataset_split", "eval_steps"),
+}
 # How many training prompts a run keeps beside its adapter, for the certificate of a merge.
 KEPT_PROMPTS = 16
 
@@ -39,6 +46,7 @@ class Plan:
     learning_rate: float
     notes: list[str]
     prompts: list[str]
+    checkpoint: Path | None = None
 
     @property
     def steps(self) -> int:
@@ -47,7 +55,7 @@ class Plan:
         if config.max_steps is not None:
             return config.max_steps
         batches = -(-len(self.train) // config.per_device_train_batch_size)
-        return max(1, -(-int(batches * config.num_train_epochs) // config.gradient_accumulation_steps))
+        return math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))
 
     @property
     def trainable_parameters(self) -> int:
@@ -100,19 +108,18 @@ def train(
 
     Raises:
         InputError: settings, data or model that cannot be used; nothing is written then.
+        RunError: the loss or the gradient is no longer a finite number.
     """
-    config = _resolved(config, overrides)
-    folder = Path(config.output_dir)
-    checkpoint = _claim(folder, resume=resume, overwrite=overwrite)
-    planned = plan(config)
+    planned = plan(config, overrides, resume=resume, overwrite=overwrite)
+    config, folder = planned.config, Path(planned.config.output_dir)
+    trainer = _trainer(planned, on_progress)
     if on_plan is not None:
         on_plan(planned)
-    folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None:
+    if planned.checkpoint is None:
         _clear(folder)
     write_text(folder / RUN_FILE, config.to_yaml())
-    trainer = _trainer(planned, on_progress)
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    outcome = trainer.train(resume_from_checkpoint=str(planned.checkpoint) if planned.checkpoint else None)
+    _check_finite(planned.model)
     with folder_written_beside(folder) as beside:
         planned.model.save_pretrained(beside)
         planned.loaded.tokenizer.save_pretrained(beside)
@@ -131,22 +138,46 @@ def train(
     )
 
 
-def plan(config: RunConfig | str | Path | dict[str, Any], overrides: dict[str, Any] | list[str] | None = None) -> Plan:
-    """Do everything up to the first step: read and check the data, load the model, put the adapter in."""
+def plan(
+    config: RunConfig | str | Path | dict[str, Any],
+    overrides: dict[str, Any] | list[str] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Plan:
+    """Do everything up to the first step, as `train` does: read and check the data, load the model, put the adapter in.
+
+    Nothing is written. Arguments and errors are those of `train`.
+    """
     config = _resolved(config, overrides)
+    checkpoint = _claim(config, resume=resume, overwrite=overwrite)
     rows = read_rows(config.dataset_name, config.dataset_split)
     row_format = RowFormat.detect(rows[0], config.dataset_field, config.prompt_template)
     loaded = load_base(config.model_name_or_path, config.dtype)
     encoded, lengths = encode_rows(rows, row_format, loaded.tokenizer, config.max_length, config.truncation)
     evaluation = None
     if config.eval_dataset_name is not None:
-        held_out = read_rows(config.eval_dataset_name)
+        held_out = read_rows(config.eval_dataset_name, config.eval_dataset_split)
         evaluation, _ = encode_rows(held_out, row_format, loaded.tokenizer, config.max_length, config.truncation)
     rate, notes = _learning_rate(config)
     set_seed(config.seed)
     model = get_peft_model(loaded.model, adapter_config(config))
-    prompts = [row_format.question_and_answer(row, loaded.tokenizer)[0] for row in rows[:KEPT_PROMPTS]]
-    return Plan(config, loaded, model, encoded, evaluation, lengths, rate, notes, prompts)
+    _check_saved_modules(config, model)
+    kept = [rows[example.row - 1] for example in encoded[:KEPT_PROMPTS]]
+    prompts = [row_format.question_and_answer(row, loaded.tokenizer)[0] for row in kept]
+    planned = Plan(config, loaded, model, encoded, evaluation, lengths, rate, notes, prompts, checkpoint)
+    if checkpoint is not None and _step_of(checkpoint) >= planned.steps:
+        raise InputError(
+            f"The run in {config.output_dir} has done its {planned.steps} steps: raise max_steps or num_train_epochs to go on."
+        )
+    return planned
+
+
+def _check_saved_modules(config: RunConfig, model: Any) -> None:
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    unknown = [name for name in config.modules_to_save or () if name.rpartition(".")[2] not in names]
+    if unknown:
+        raise InputError(f"modules_to_save names modules that the model does not have: {', '.join(unknown)}.")
 
 
 def adapter_config(config: RunConfig) -> BoneConfig:
@@ -181,7 +212,30 @@ class _CompletionTrainer(Trainer):
         if model.training:
             self.tokens_seen += int(inputs["attention_mask"].sum())
         loss = completion_loss(model, **inputs, supervised=num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise RunError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}: the run has fallen apart. "
+                "Lower learning_rate; the last checkpoint in output_dir is from before."
+            )
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss over the supervised tokens of the evaluation set, as `bonetune eval` computes it."""
+        model: Any = self.model
+        total, tokens, was_training = 0.0, 0, model.training
+        model.eval()
+        with torch.no_grad():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                inputs = self._prepare_inputs(batch)
+                total += completion_loss(model, **inputs, supervised=1).item()
+                tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
+        model.train(was_training)
+        metrics = {f"{metric_key_prefix}_loss": total / tokens}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def _trainer(planned: Plan, on_progress: Callable[[Progress], None] | None) -> _CompletionTrainer:
@@ -204,6 +258,7 @@ def _trainer(planned: Plan, on_progress: Callable[[Progress], None] | None) -> _
         seed=config.seed,
         logging_steps=config.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
         eval_strategy="no" if planned.evaluation is None else "steps" if config.eval_steps else "epoch",
@@ -261,18 +316,48 @@ def _left_by_a_run(folder: Path) -> list[Path]:
     return [*(folder / name for name in names if (folder / name).exists()), *folder.glob("checkpoint-*")]
 
 
-def _claim(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
+def _claim(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
     """The checkpoint to go on from, if any. Raises if the folder holds a run and the user has not said what to do with it."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file.")
+    folder = Path(config.output_dir)
+    usable_folder(folder, "output_dir")
+    if resume and overwrite:
+        raise InputError("--resume goes on with the run in output_dir, --overwrite throws it away: pass one of them.")
     if resume:
-        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        checkpoints = sorted(filter(_is_whole, folder.glob("checkpoint-*")), key=_step_of)
         if not checkpoints:
             raise InputError(f"output_dir {folder} holds no checkpoint to resume from.")
+        _check_same_run(folder / RUN_FILE, config)
         return checkpoints[-1]
     if _left_by_a_run(folder) and not overwrite:
         raise InputError(f"output_dir {folder} already holds a run: pass --overwrite or --resume, or choose another.")
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    files = ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+    return checkpoint.name.rpartition("-")[2].isdigit() and all((checkpoint / name).is_file() for name in files)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _check_same_run(file: Path, config: RunConfig) -> None:
+    """Raise if the run to be resumed had other settings than how long it goes and what it reports."""
+    before = load_config(file).model_dump()
+    changed = [
+        f"{name} ({before[name]!r}, now {value!r})"
+        for name, value in config.model_dump().items()
+        if name not in MAY_CHANGE_ON_RESUME and value != before[name]
+    ]
+    if changed:
+        raise InputError(f"The run in {file.parent} was started with other settings: {'; '.join(changed)}. Start a new one.")
+
+
+def _check_finite(model: Any) -> None:
+    bad = [name for name, parameter in model.named_parameters() if parameter.requires_grad and not parameter.isfinite().all()]
+    if bad:
+        raise RunError(f"Training left values that are not finite in {bad[0]} and {len(bad) - 1} more. Lower learning_rate.")
 
 
 def _clear(folder: Path) -> None:

@@ -148,7 +148,7 @@ class BoneLayer(BaseTunerLayer):
 
     def _frozen_weight(self) -> Tensor:
         """The weight without adapters, on the device and in the dtype that the layer has now."""
-        now = self.get_base_layer().weight if self.quantization_backend is None else self.get_base_weight()
+        now: Any = self.get_base_layer().weight if self.quantization_backend is None else self.get_base_weight()
         return self._unmerged_weight[0].to(now.device, now.dtype) if self._unmerged_weight else now
 
     def _put_weight(self, weight: Tensor) -> None:
@@ -162,7 +162,7 @@ class BoneLayer(BaseTunerLayer):
             return
         frozen = self.get_base_layer()
         if not isinstance(weight, nn.Parameter):
-            weight = nn.Parameter(weight, requires_grad=frozen.weight.requires_grad)
+            weight = nn.Parameter(weight, requires_grad=bool(frozen.weight.requires_grad))  # pyright: ignore[reportAttributeAccessIssue]
         frozen.weight = weight
 
 

@@ -54,9 +54,9 @@ class BoneModel(BaseTuner):
         misfits: list[tuple[ShardSpec, tuple[int, int], SpecError]] = []
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
-            if (name.startswith(inside) and inside) or not name:
+            if not name or name.startswith(inside or "."):
                 continue
-            if isinstance(module, BaseTunerLayer):
+            if hasattr(module, "base_layer"):  # a tuner layer, whose own parts are no targets
                 inside += (name + ".",)
             if not self._check_target_module_exists(peft_config, name):
                 continue
