@@ -77,12 +77,12 @@ class Certificate:
         return asdict(self) | {"holds": self.holds}
 
     def __str__(self) -> str:
+        verdict = "equal" if self.holds else "NOT equal"
         effect = "" if self.effect is None else f" (the adapter's effect: {self.effect:.3g})"
         return (
-            f"{'equal' if self.holds else 'NOT equal'} up to rounding ({self.dtype}): logits of size {self.size:.3g} differ by "
-            f"{self.error:.3g}{effect}, at most by {self.largest_logit_difference:.3g} (largest logit {self.largest_logit:.3g}); "
-            f"KL {self.mean_kl:.2g} nats, greedy agreement {100 * self.greedy_agreement:.1f}% of {self.tokens} tokens after "
-            f"{self.prompts} prompts"
+            f"{verdict} up to rounding ({self.dtype}): logits of size {self.size:.3g} differ by {self.error:.3g}{effect}, "
+            f"at most by {self.largest_logit_difference:.3g} (largest logit {self.largest_logit:.3g}); KL {self.mean_kl:.2g} "
+            f"nats, greedy agreement {100 * self.greedy_agreement:.1f}% of {self.tokens} tokens after {self.prompts} prompts"
         )
 
 
