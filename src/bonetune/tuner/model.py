@@ -169,10 +169,12 @@ def _check_tensors(
     """Raise `AdapterFileError` naming every tensor that is missing, unexpected or of another shape."""
     wrong = [f"{key} is missing" for key in layers if key not in tensors]
     known |= set(layers)
-    for key in tensors:
-        # PEFT's own wrappers of whole modules write names that no module has (with bias="all"), and pass over them in loading
-        if not {key, key.removeprefix("base_model.model.")} & known and ".modules_to_save." not in key:
-            wrong.append(f"{key} is not expected")
+    wrong += [
+        f"{key} is not expected"
+        for key in tensors
+        # PEFT's wrappers of whole modules write names that no module has (with bias="all") and pass over them in loading
+        if not {key, key.removeprefix("base_model.model.")} & known and ".modules_to_save." not in key
+    ]
     for key, layer in layers.items():
         expected = layer.bone_spec[adapter_name].shape(layer.out_features, layer.in_features)
         if key in tensors and tuple(tensors[key].shape) != expected:
