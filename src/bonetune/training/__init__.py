@@ -2,6 +2,17 @@
 
 from bonetune.training.config import RunConfig, load_config, make_config
 from bonetune.training.learning_rate import default_learning_rate, lora_sized
-from bonetune.training.train import TrainResult, plan, train
+from bonetune.training.plan import Plan, plan
+from bonetune.training.train import TrainResult, train
 
-__all__ = ["RunConfig", "TrainResult", "default_learning_rate", "load_config", "lora_sized", "make_config", "plan", "train"]
+__all__ = [
+    "Plan",
+    "RunConfig",
+    "TrainResult",
+    "default_learning_rate",
+    "load_config",
+    "lora_sized",
+    "make_config",
+    "plan",
+    "train",
+]
