@@ -1,4 +1,6 @@
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,9 +209,8 @@ def test_evaluation_while_training_is_that_of_bonetune_eval(settings, tmp_path):
     assert logged == pytest.approx(result.score, rel=1e-5)
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system, which Linux has at /dev/shm")
 def test_an_output_folder_on_another_file_system(settings, tmp_path):
-    import tempfile
-
     with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
         (tmp_path / "run").symlink_to(elsewhere)
         bonetune.train(settings)
