@@ -11,6 +11,7 @@ from bonetune import demonstration
 from bonetune.data import read_rows
 from bonetune.errors import InputError
 from bonetune.evaluation import Proportion
+from bonetune.merging import Certificate
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_the_whole_job(tmp_path, tiny, monkeypatch):
     assert len(said) == 5
     assert result.untrained.total == result.trained.total == 6
     assert not result.gained  # two steps teach a random model nothing, and the demonstration does not claim so
-    assert result.certificate["holds"]
+    assert result.certificate.holds
     for name in ("train.jsonl", "test.jsonl", "demo.json", "adapter/adapter_model.safetensors", "adapter/loss.png"):
         assert (folder / name).is_file(), name
     assert (folder / "merged" / "certificate.json").is_file()
@@ -54,8 +55,9 @@ def test_one_seed_one_result(tmp_path, tiny):
 
 def test_a_gain_is_claimed_only_above_both_baselines():
     def result(untrained, frequent, trained):
+        certificate = Certificate(1, 1, 0.0, 1.0, 0.0, 1.0, None, 0.0, 1.0, "float32")
         proportions = [Proportion(correct, 100) for correct in (untrained, frequent, trained)]
-        return demonstration.DemoResult("bone", 1, *proportions, 0.0, {}, {}, "")
+        return demonstration.DemoResult("bone", 1, *proportions, 0.0, certificate, {}, "")
 
     assert result(0, 5, 50).gained
     assert not result(0, 45, 50).gained

@@ -10,7 +10,7 @@ from bonetune.data import reasoning_problems
 from bonetune.errors import InputError
 from bonetune.evaluation import Proportion, TaskResult, evaluate, most_frequent, sign_test
 from bonetune.files import usable_folder, write_json, write_json_lines
-from bonetune.merging import merge
+from bonetune.merging import Certificate, merge
 from bonetune.models import Loaded, load_base, smollm2
 from bonetune.spec import parse_variant
 from bonetune.training import make_config, train
@@ -33,7 +33,7 @@ class DemoResult:
     most_frequent: Proportion
     trained: Proportion
     p_value: float
-    certificate: dict[str, Any]
+    certificate: Certificate
     seconds: dict[str, float]
     output_dir: str
 
@@ -41,6 +41,10 @@ class DemoResult:
     def gained(self) -> bool:
         """Whether the trained model's interval lies above those of both baselines."""
         return self.trained.interval[0] > max(self.untrained.interval[1], self.most_frequent.interval[1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As demo.json holds it."""
+        return asdict(self) | {"certificate": self.certificate.to_dict()}
 
 
 def demo(
@@ -115,11 +119,11 @@ def demo(
         most_frequent=commonest,
         trained=Proportion.of(outcomes[1]),
         p_value=sign_test(*outcomes),
-        certificate=certificate.to_dict(),
+        certificate=certificate,
         seconds=clock.laps,
         output_dir=output_dir,
     )
-    write_json(folder / "demo.json", asdict(shown))
+    write_json(folder / "demo.json", shown.to_dict())
     return shown
 
 

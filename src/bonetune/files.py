@@ -11,6 +11,9 @@ from typing import Any
 
 from bonetune.errors import InputError
 
+# What a training run leaves beside its adapter and others read: its settings for evaluation, some prompts for a merge.
+RUN_FILE, PROMPTS_FILE = "run.yaml", "prompts.jsonl"
+
 
 @contextmanager
 def folder_written_beside(path: Path, *, replace: bool = False) -> Iterator[Path]:

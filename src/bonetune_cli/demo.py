@@ -16,7 +16,6 @@ def demo(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Do the whole job once, on a small real model and generated problems."""
-    import dataclasses
     import json as json_module
 
     from rich.table import Table
@@ -45,7 +44,7 @@ def demo(
             on_items=lambda task, done, total: show("answers", done, total),
         )
     if json:
-        out.print_json(json_module.dumps(dataclasses.asdict(result)))
+        out.print_json(json_module.dumps(result.to_dict()))
     else:
         table = Table(title=f"Exact match on {result.untrained.total} problems, with 95% intervals", title_justify="left")
         table.add_column("")
@@ -55,14 +54,8 @@ def demo(
         table.add_row(f"{variant}, r={r}, {result.steps} steps", Text(str(result.trained), style="bold"))
         out.print(table, soft_wrap=False)
         out.print(f"Probability that training changed nothing (exact sign test): {result.p_value:.2g}")
-        out.print(f"Merged model: {_certificate_line(result.certificate)}")
+        out.print(f"Merged model: {result.certificate}")
         spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
         out.print(f"Time: {spent}. Everything is in {result.output_dir}/ (adapter/loss.png shows the loss).")
     if not result.gained:
         raise typer.Exit(1)
-
-
-def _certificate_line(certificate: dict[str, object]) -> str:
-    from bonetune.merging import Certificate
-
-    return str(Certificate(**{key: value for key, value in certificate.items() if key != "holds"}))  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,7 @@ from bonetune.spec import ShardSpec
 
 
 def test_importing_bonetune_registers_with_peft():
-    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["BONE"] is BoneConfig  # pyright: ignore[reportArgumentType]
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["BONE"] is BoneConfig  # pyright: ignore[reportArgumentType]  (keys are enum members)
     assert peft.get_peft_config({"peft_type": "BONE", "r": 8}) == BoneConfig(r=8)
 
 

@@ -61,10 +61,12 @@ def encode_rows(
     """
     if tokenizer.eos_token_id is None:
         raise InputError("The tokenizer has no end-of-text token, so a model could never learn to stop: set eos_token.")
+    # a chat template opens a text itself
+    opening = [] if row_format.kind == "messages" else opening_tokens(tokenizer)
     encoded = []
     for number, row in enumerate(rows, 1):
         row_format.check(row, number)
-        ids, labels = _join(row_format.segments(row, tokenizer), tokenizer, opens_itself=row_format.kind == "messages")
+        ids, labels = _join(opening, row_format.segments(row, tokenizer), tokenizer)
         encoded.append(Encoded(ids, labels, number))
     kept = _fit(encoded, max_length, truncation)
     if not kept:
@@ -84,10 +86,9 @@ def encode_rows(
     )
 
 
-def _join(segments: Sequence[Segment], tokenizer: Any, *, opens_itself: bool) -> tuple[list[int], list[int]]:
-    """Token ids and labels of the segments. A chat template `opens_itself`: no token is put before it."""
-    ids: list[int] = [] if opens_itself else opening_tokens(tokenizer)
-    labels = [IGNORED] * len(ids)
+def _join(opening: list[int], segments: Sequence[Segment], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids and labels of the opening tokens and the segments."""
+    ids, labels = list(opening), [IGNORED] * len(opening)
     for segment in segments:
         tokens = tokenizer(segment.text, add_special_tokens=False).input_ids
         ids += tokens

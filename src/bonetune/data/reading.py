@@ -84,7 +84,7 @@ def _read_hub(source: str, split: str) -> list[Row]:
     from datasets.exceptions import DatasetsError
 
     try:
-        return list(load_dataset(source, split=split))  # pyright: ignore[reportArgumentType, reportReturnType]
+        return list(load_dataset(source, split=split))  # pyright: ignore[reportArgumentType, reportReturnType]  (rows of a map-style data set are dicts)
     except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

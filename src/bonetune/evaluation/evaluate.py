@@ -12,7 +12,7 @@ from bonetune.data import PAPER_PROMPT, RowFormat, collate, encode_rows, read_ro
 from bonetune.errors import InputError
 from bonetune.evaluation.generation import generate
 from bonetune.evaluation.statistics import Proportion
-from bonetune.files import usable_folder, write_json, write_json_lines
+from bonetune.files import RUN_FILE, usable_folder, write_json, write_json_lines
 from bonetune.losses import completion_loss
 from bonetune.models import Loaded, load_model
 
@@ -89,8 +89,9 @@ def evaluate(
     rows = read_rows(data, dataset_split)[:limit]
     trained_with = _trained_with(model) if isinstance(model, str) else {}
     template = prompt_template or trained_with.get("prompt_template") or PAPER_PROMPT
-    if dataset_field is None and set(trained_with.get("dataset_field") or ["\0"]) <= set(rows[0]):
-        dataset_field = trained_with["dataset_field"]
+    fields = trained_with.get("dataset_field")
+    if dataset_field is None and fields and set(fields) <= set(rows[0]):
+        dataset_field = fields
     row_format = RowFormat.detect(rows[0], dataset_field, template)
     for number, row in enumerate(rows, 1):
         row_format.check(row, number)
@@ -108,7 +109,7 @@ def evaluate(
 
 def _trained_with(model: str) -> dict[str, Any]:
     """The settings of the run that made an adapter, from the run.yaml beside it."""
-    file = Path(model) / "run.yaml"
+    file = Path(model) / RUN_FILE
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bonetune.errors import AdapterFileError, InputError, RunError
-from bonetune.files import folder_written_beside, read_json_lines, usable_folder, write_json
+from bonetune.files import PROMPTS_FILE, folder_written_beside, read_json_lines, usable_folder, write_json
 from bonetune.merging.certify import Certificate, certify, witness
 from bonetune.models import end_tokens, load_base, load_model, parse_dtype
 from bonetune.tuner import BoneLayer
@@ -114,7 +114,7 @@ def _scale(model: Any, scale: float) -> None:
 
 
 def _prompts_of(adapter: Path) -> list[str]:
-    file = adapter / "prompts.jsonl"
+    file = adapter / PROMPTS_FILE
     if not file.is_file():
         return list(_PROMPTS)
     try:

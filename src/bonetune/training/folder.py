@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 from bonetune.errors import InputError
-from bonetune.files import usable_folder
+from bonetune.files import PROMPTS_FILE, RUN_FILE, usable_folder
 from bonetune.training.config import RunConfig, load_config
 
-RUN_FILE, METRICS_FILE, PROMPTS_FILE, PLOT_FILE = "run.yaml", "metrics.jsonl", "prompts.jsonl", "loss.png"
+METRICS_FILE, PLOT_FILE = "metrics.jsonl", "loss.png"
 # What may differ when a run goes on: how long it goes, what it reports and keeps, where it lies.
 MAY_CHANGE_ON_RESUME = {
     *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "output_dir"),

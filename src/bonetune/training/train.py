@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from bonetune.errors import RunError
-from bonetune.files import folder_written_beside, write_json_lines, write_text
+from bonetune.files import PROMPTS_FILE, RUN_FILE, folder_written_beside, write_json_lines, write_text
 from bonetune.training.config import RunConfig
-from bonetune.training.folder import METRICS_FILE, PLOT_FILE, PROMPTS_FILE, RUN_FILE, clear
+from bonetune.training.folder import METRICS_FILE, PLOT_FILE, clear
 from bonetune.training.plan import Plan, plan
 from bonetune.training.report import Progress, plot_loss, read_metrics
 from bonetune.training.trainer import make_trainer

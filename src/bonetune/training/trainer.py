@@ -52,8 +52,8 @@ def make_trainer(planned: Plan, on_progress: Callable[[Progress], None] | None) 
         model=planned.model,
         args=arguments,
         train_dataset=planned.train,  # pyright: ignore[reportArgumentType]  (a list is a map-style data set)
-        eval_dataset=planned.evaluation,  # pyright: ignore[reportArgumentType]
-        data_collator=collate(planned.loaded.tokenizer.pad_token_id),  # pyright: ignore[reportArgumentType]
+        eval_dataset=planned.evaluation,  # pyright: ignore[reportArgumentType]  (as above)
+        data_collator=collate(planned.loaded.tokenizer.pad_token_id),  # pyright: ignore[reportArgumentType]  (takes our examples)
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Recorder(Path(config.output_dir) / METRICS_FILE, lambda: trainer.tokens_seen, on_progress))

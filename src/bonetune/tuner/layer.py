@@ -162,7 +162,7 @@ class BoneLayer(BaseTunerLayer):
             return
         frozen = self.get_base_layer()
         if not isinstance(weight, nn.Parameter):
-            weight = nn.Parameter(weight, requires_grad=bool(frozen.weight.requires_grad))  # pyright: ignore[reportAttributeAccessIssue]
+            weight = nn.Parameter(weight, requires_grad=bool(frozen.weight.requires_grad))  # pyright: ignore[reportAttributeAccessIssue]  (as above)
         frozen.weight = weight
 
 
@@ -208,7 +208,7 @@ class _Base:
 
     def weight(self) -> Tensor:
         if self.layer.quantization_backend is None:
-            return self.layer.get_base_layer().weight  # pyright: ignore[reportReturnType]  # the Parameter itself: saving it for backward costs nothing
+            return self.layer.get_base_layer().weight  # pyright: ignore[reportReturnType]  (untyped)  # the Parameter itself: saving it for backward costs nothing
         return self.layer.get_base_weight()
 
     @property

@@ -68,7 +68,7 @@ class BoneModel(BaseTuner):
                 )
             if not _is_linear(module):
                 continue
-            spec, shape = peft_config.spec(name), (int(module.out_features), int(module.in_features))  # pyright: ignore[reportArgumentType]
+            spec, shape = peft_config.spec(name), (int(module.out_features), int(module.in_features))  # pyright: ignore[reportArgumentType]  (untyped in nn.Module)
             try:
                 spec.check(*shape, where=name)
             except SpecError as error:
