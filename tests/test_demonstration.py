@@ -69,3 +69,20 @@ def test_bad_input(tmp_path, tiny, settings):
     with pytest.raises(InputError):
         bonetune.demo(**small(output_dir=str(tmp_path / "demo")) | settings)
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("json_wanted", [True, False])
+def test_the_command_line_shows_the_result(tmp_path, tiny, monkeypatch, capfd, json_wanted):
+    from bonetune_cli.main import main
+
+    arguments = ["demo", "--r", "4", "--steps", "2", "--output-dir", str(tmp_path / "demo"), *(["--json"] * json_wanted)]
+    monkeypatch.setattr("sys.argv", ["bonetune", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1  # nothing gained in two steps
+    shown = capfd.readouterr().out
+    if json_wanted:
+        assert json.loads(shown) == json.loads((tmp_path / "demo" / "demo.json").read_text())
+    else:
+        assert "Merged model: equal up to rounding" in shown
+        assert "most frequent answer" in shown

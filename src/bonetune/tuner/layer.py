@@ -162,7 +162,7 @@ class BoneLayer(BaseTunerLayer):
             return
         frozen = self.get_base_layer()
         if not isinstance(weight, nn.Parameter):
-            weight = nn.Parameter(weight, requires_grad=bool(frozen.weight.requires_grad))  # pyright: ignore[reportAttributeAccessIssue]  (as above)
+            weight = nn.Parameter(weight, requires_grad=bool(frozen.weight.requires_grad))  # pyright: ignore[reportAttributeAccessIssue]  (untyped in nn.Module)
         frozen.weight = weight
 
 
