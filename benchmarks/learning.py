@@ -1,0 +1,233 @@
+"""Which variant learns: the family, LoRA, PiSSA and MiSS on one generated task at matched trainable parameters.
+
+`python -m benchmarks.learning [--output DIR] [--methods a,b]` trains SmolLM2-135M-Instruct (bfloat16 base, float32
+adapters) to write lists of words in reverse order. Each method's learning rate is chosen on the validation loss of seed 0,
+from a grid of powers of two that grows until its best value lies inside; the runs that count then use seeds 1, 2, 3, whose
+problems no choice has seen. One file a run, written when the run is done: what is there is not run again, so the script goes
+on where it was stopped.
+"""
+
+import argparse
+import json
+import math
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, MissConfig, PeftConfig, get_peft_model
+from transformers import set_seed
+
+from bonetune import BoneConfig
+from bonetune.data import Encoded, RowFormat, collate, encode_rows, reasoning_problems
+from bonetune.evaluation import generate
+from bonetune.files import write_json
+from bonetune.losses import completion_loss
+from bonetune.models import load_base, smollm2
+
+TASK, MIN_WORDS, MAX_WORDS = "word_sequence_reversal", 5, 9
+PROMPT = "Reverse: {}\nAnswer:"
+STEPS, BATCH_SIZE, WARMUP_STEPS = 48, 8, 5
+VALIDATION_SIZE, TEST_SIZE = 128, 160
+SWEEP_SEED, SEEDS = 0, (1, 2, 3)
+# reasoning-gym's problem i comes from seed + i: training, validation and test of all seeds lie this far apart
+SEED_SPACING, VALIDATION_OFFSET, TEST_OFFSET = 1_000_000, 250_000, 500_000
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison.
+
+    Args:
+        config: makes the PEFT configuration.
+        rates: the first grid of learning rates, ascending by factors of two.
+        same_function_as: a method that computes the same function, whose learning rate is taken over instead of a sweep.
+    """
+
+    config: Callable[[], PeftConfig]
+    rates: tuple[float, ...] = ()
+    same_function_as: str | None = None
+
+
+def _bone(variant: str, r: int = 64) -> Callable[[], PeftConfig]:
+    return lambda: BoneConfig(r=r, variant=variant, target_modules="all-linear", task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]  (an enum whose members are texts)
+
+
+def _lora(init: bool | str) -> Callable[[], PeftConfig]:
+    # 33 * (out + in) over all layers is what 64 * out is; alpha = r leaves the scale to the learning rate
+    return lambda: LoraConfig(
+        r=33,
+        lora_alpha=33,
+        init_lora_weights=init,  # pyright: ignore[reportArgumentType]  (a closed list of texts)
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",  # pyright: ignore[reportArgumentType]  (an enum whose members are texts)
+    )
+
+
+METHODS: dict[str, Method] = {
+    "bone": Method(_bone("bone"), (2e-4, 4e-4, 8e-4)),
+    "bat": Method(_bone("bat"), (1e-4, 2e-4, 4e-4)),
+    "bat-row": Method(_bone("bat-row"), (1e-4, 2e-4, 4e-4)),
+    "bat-left": Method(_bone("bat-left"), (2e-4, 4e-4, 8e-4)),
+    # B is (r, r) for any layer; 192, the largest r that divides every side, comes nearest to the others' parameters
+    "bat-free": Method(_bone("bat-free", 192), (1e-4, 2e-4, 4e-4)),
+    "lora": Method(_lora(True), (1e-3, 2e-3, 4e-3)),
+    "pissa": Method(_lora("pissa_niter_16"), (2.5e-4, 5e-4, 1e-3)),
+    "miss": Method(
+        lambda: MissConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"),  # pyright: ignore[reportArgumentType]  (as above)
+        same_function_as="bone",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, and the name of its file."""
+
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="one file a run is written here")
+    parser.add_argument("--methods", default=",".join(METHODS), help="a part of the methods, separated by commas")
+    arguments = parser.parse_args()
+    names = arguments.methods.split(",")
+    best = {name: sweep(name, arguments.output) for name in names if METHODS[name].rates}
+    for seed in SEEDS:
+        for name in names:
+            origin = METHODS[name].same_function_as or name
+            rate = best[origin] if origin in best else sweep(origin, arguments.output)
+            completed(Run(name, rate, seed), arguments.output)
+
+
+def sweep(name: str, folder: Path) -> float:
+    """The learning rate with the lowest validation loss of seed 0, the grid extended while that lies at its edge."""
+    rates = list(METHODS[name].rates)
+    while True:
+        losses = {rate: completed(Run(name, rate, SWEEP_SEED), folder)["validation_loss"] for rate in rates}
+        best = min(rates, key=lambda rate: losses[rate])
+        if best == min(rates):
+            rates.insert(0, best / 2)
+        elif best == max(rates):
+            rates.append(best * 2)
+        else:
+            return best
+
+
+def completed(run: Run, folder: Path) -> dict[str, Any]:
+    """The record of a run: read if it is there, else trained and written."""
+    file = folder / run.file
+    if file.exists():
+        return json.loads(file.read_text())
+    record = asdict(run) | train_and_examine(run)
+    write_json(file, record)
+    print(
+        f"{run.file:34} validation {record['validation_loss']:.4f}  test {_shown(record, 'test_loss')}  "
+        f"exact {_shown(record, 'exact_match')}  {record['seconds']:.0f} s",
+        flush=True,
+    )
+    return record
+
+
+def train_and_examine(run: Run) -> dict[str, Any]:
+    """Train once. Runs that count (not the sweep's) are examined on their test problems: loss and exact match by item."""
+    began = time.perf_counter()
+    loaded = load_base(smollm2(), "bfloat16")
+    set_seed(run.seed)
+    model: Any = get_peft_model(loaded.model, METHODS[run.method].config())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    training = _rows(STEPS * BATCH_SIZE, run.seed * SEED_SPACING)
+    seen = {row["prompt"] for row in training}
+    encoded = _encoded(training, loaded.tokenizer)
+    random.Random(run.seed).shuffle(encoded)
+    optimizer = torch.optim.AdamW(trainable, weight_decay=0.0)
+    batch_of = collate(loaded.tokenizer.pad_token_id)
+    losses: list[float] = []
+    model.train()
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = run.learning_rate * min((step + 1) / WARMUP_STEPS, (STEPS - step) / (STEPS - WARMUP_STEPS + 1))
+        loss = completion_loss(model, **batch_of(encoded[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+    model.eval()
+    record: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in trainable),
+        "training_losses": losses,
+        "validation_loss": _mean_loss(_item_losses(model, loaded.tokenizer, _unseen(VALIDATION_OFFSET, run.seed, seen))),
+        "commit": _commit(),
+        "torch": torch.__version__,
+    }
+    if run.seed != SWEEP_SEED:
+        test = _unseen(TEST_OFFSET, run.seed, seen)
+        items = _item_losses(model, loaded.tokenizer, test)
+        answers = generate(model, loaded.tokenizer, [row["prompt"] for row in test], max_new_tokens=48, batch_size=40)
+        correct = [answer.strip() == row["completion"].strip() for answer, row in zip(answers, test, strict=True)]
+        record |= {"test_loss": _mean_loss(items), "exact_match": sum(correct) / len(correct)}
+        record["test_items"] = [item | {"correct": right} for item, right in zip(items, correct, strict=True)]
+    return record | {"seconds": time.perf_counter() - began}
+
+
+def _rows(size: int, seed: int) -> list[dict[str, str]]:
+    problems = reasoning_problems(TASK, size, seed, min_words=MIN_WORDS, max_words=MAX_WORDS)
+    pairs = [[message["content"].strip() for message in problem["messages"]] for problem in problems]
+    return [{"prompt": PROMPT.format(question.rpartition(": ")[2]), "completion": f" {answer}"} for question, answer in pairs]
+
+
+def _unseen(offset: int, seed: int, seen: set[str]) -> list[dict[str, str]]:
+    size = VALIDATION_SIZE if offset == VALIDATION_OFFSET else TEST_SIZE
+    return [row for row in _rows(size, seed * SEED_SPACING + offset) if row["prompt"] not in seen]
+
+
+def _encoded(rows: list[dict[str, str]], tokenizer: Any) -> list[Encoded]:
+    return encode_rows(rows, RowFormat.detect(rows[0]), tokenizer, max_length=256)[0]
+
+
+@torch.no_grad()
+def _item_losses(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Summed loss and number of supervised tokens of each row."""
+    items: list[dict[str, Any]] = [{}] * len(rows)
+    encoded = _encoded(rows, tokenizer)
+    order = sorted(range(len(rows)), key=lambda i: len(encoded[i].input_ids))
+    batch_of = collate(tokenizer.pad_token_id)
+    for start in range(0, len(order), 16):
+        indices = order[start : start + 16]
+        batch = batch_of([encoded[i] for i in indices])
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        targets = batch["labels"][:, 1:]
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().mT, targets, reduction="none").sum(1)
+        for i, loss in zip(indices, losses.tolist(), strict=True):
+            items[i] = {"loss": loss, "tokens": encoded[i].supervised}
+    return items
+
+
+def _mean_loss(items: list[dict[str, Any]]) -> float:
+    return sum(item["loss"] for item in items) / sum(item["tokens"] for item in items)
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _shown(record: dict[str, Any], key: str) -> str:
+    return f"{record[key]:.4f}" if key in record else "-"
+
+
+if __name__ == "__main__":
+    main()
