@@ -1,39 +1,64 @@
-"""`python -m benchmarks [--rounds N] [--quick] [--json FILE]`."""
+"""`python -m benchmarks`: every measurement, as Markdown tables on standard output; progress goes to standard error."""
 
 import argparse
 import json
-import platform
-import subprocess
+import sys
+import warnings
 from pathlib import Path
 
-import torch
+from benchmarks import allocator
 
-from benchmarks.layers import SHAPES, measure
+PARTS = ("layers", "step", "saved", "generation")
 
 
 def main() -> None:
+    arguments = _arguments()
+    if not arguments.default_allocator:
+        allocator.start_again_with_settings()
+    # imported here: before, they would be imported once for nothing
+    from transformers.utils import logging
+
+    from benchmarks import generation, layers, machine, saved, step
+
+    warnings.simplefilter("ignore")  # PEFT and transformers speak of files and settings that do not matter here
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    runs = {"layers": layers.run, "step": step.run, "saved": saved.run, "generation": generation.run}
+    facts = machine.record()
+    content = {"environment": facts, "rounds": arguments.rounds, "quick": arguments.quick}
+    texts = [f"{machine.line(facts)} {arguments.rounds} rounds."]
+    print(texts[0], flush=True)
+    for name in arguments.only:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        result = runs[name](arguments.rounds, arguments.quick)
+        content[name] = result.rows
+        texts.append(result.text)
+        print(f"\n{result.text}", flush=True)
+        # after each part, so that an interrupted run leaves what it has
+        if arguments.json:
+            arguments.json.write_text(json.dumps(content, indent=2))
+        if arguments.markdown:
+            arguments.markdown.write_text("\n\n".join(texts) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds, of which medians are taken")
-    parser.add_argument("--quick", action="store_true", help="only the smallest shape")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--only", type=_parts, default=PARTS, help=f"some of {','.join(PARTS)}, separated by commas")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds, of which medians are taken: 9, with --quick 3")
+    parser.add_argument("--quick", action="store_true", help="the smallest layer and a model of two layers")
+    parser.add_argument("--json", type=Path, help="also write everything here, with each sample")
+    parser.add_argument("--markdown", type=Path, help="also write the tables here")
+    parser.add_argument("--default-allocator", action="store_true", help="leave glibc's allocator as it is")
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {machine}, commit {commit or 'unknown'}\n")
-    print("One Linear layer, forward + backward, CPU seconds over those of the frozen layer in the same round;")
-    print("median [lowest, highest]. float32 adapters; trainable parameters of lora match those of bone.\n")
-    figures = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for out, inp, tokens in SHAPES[:1] if arguments.quick else SHAPES:
-            print(f"W {out} x {inp}, {tokens} tokens, {str(dtype).removeprefix('torch.')} base")
-            for row in measure(out, inp, tokens, dtype, arguments.rounds):
-                low, high = row["range"]
-                print(f"  {row['method']:16} {row['ratio']:6.2f}  [{low:.2f}, {high:.2f}]   saved {row['saved_mib']:6.2f} MiB")
-                figures.append(row)
-            print(flush=True)
-    if arguments.json:
-        content = {"torch": torch.__version__, "machine": machine, "commit": commit, "rows": figures}
-        arguments.json.write_text(json.dumps(content, indent=2))
+    arguments.rounds = arguments.rounds or (3 if arguments.quick else 9)
+    return arguments
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; choose from {', '.join(PARTS)}")
+    return tuple(name for name in PARTS if name in names)
 
 
 if __name__ == "__main__":

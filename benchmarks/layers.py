@@ -1,62 +1,60 @@
-"""One adapted Linear against the frozen one: all methods in one process, round by round, so that drift hits all alike."""
+"""One adapted Linear against the frozen one: forward + backward with respect to input and trainable parameters."""
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig, MissConfig, get_peft_model
 from torch import Tensor, nn
 
-from bonetune import VARIANTS, BoneConfig
+from benchmarks.floors import floor
+from benchmarks.methods import METHODS, SAME_FUNCTION, Method, R, adapt, lora_rank
+from benchmarks.results import Result, markdown
+from benchmarks.saved import saved_mib
+from benchmarks.timing import interleaved, ratio
 
+# (out, in, tokens)
 SHAPES = [(576, 576, 1024), (2048, 2048, 1024), (576, 1536, 4096), (2048, 2048, 4096)]
-R = 64
 
 
-def methods(out: int, inp: int) -> dict[str, Any]:
-    """PEFT configurations by name; None is the frozen layer. LoRA's rank gives bone's number of parameters, r * out."""
-    target: dict[str, Any] = {"target_modules": ["0"]}
-    return {
-        "frozen": None,
-        "lora": LoraConfig(r=max(1, round(R * out / (out + inp))), **target),
-        "miss (PEFT)": MissConfig(r=R, **target),
-        "bat (PEFT)": MissConfig(r=R, init_weights="bat", **target),
-        **{name: BoneConfig(r=R, variant=name, mini_r=R, **target) for name in VARIANTS},
-    }
+def run(rounds: int, quick: bool) -> Result:
+    """All shapes (if quick, the smallest) with a bfloat16 and a float32 base."""
+    rows: list[dict[str, Any]] = []
+    texts: list[str] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        measured = [measure(*shape, dtype, rounds) for shape in (SHAPES[:1] if quick else SHAPES)]
+        rows += [row for of_shape in measured for row in of_shape]
+        texts.append(_tables(measured, _short(dtype)))
+    return Result(rows, "\n\n".join(texts))
 
 
-def measure(out: int, inp: int, tokens: int, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, Any]]:
-    """For each method: CPU time of forward + backward over the frozen layer's, and the bytes kept for backward."""
+def measure(out: int, inp: int, tokens: int, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """For each method: CPU time over the frozen layer's, its floor, and what is kept for backward; then ours over PEFT's."""
+    print(f"layer {out} x {inp}, {tokens} tokens, {_short(dtype)}", file=sys.stderr)
     torch.manual_seed(0)
     x, dy = torch.randn(tokens, inp, dtype=dtype), torch.randn(tokens, out, dtype=dtype)
-    steps: dict[str, Callable[[], None]] = {}
-    saved: dict[str, float] = {}
-    for name, config in methods(out, inp).items():
-        layer = nn.Sequential(nn.Linear(inp, out, bias=False)).to(dtype).requires_grad_(False)
-        model = layer if config is None else get_peft_model(layer, config)
-        steps[name] = _step(model, x, dy)
-        saved[name] = _saved_bytes(model, x) / 2**20
-        steps[name]()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            began = time.process_time()
-            step()
-            times[name].append(time.process_time() - began)
-    for name, seconds in times.items():
-        ratios = [mine / frozen for mine, frozen in zip(seconds, times["frozen"], strict=True)]
-        yield {
-            "out": out,
-            "in": inp,
-            "tokens": tokens,
-            "dtype": str(dtype).removeprefix("torch."),
-            "method": name,
-            "ratio": statistics.median(ratios),
-            "range": (min(ratios), max(ratios)),
-            "saved_mib": saved[name],
-        }
+    models = {
+        name: adapt(nn.Sequential(nn.Linear(inp, out, bias=False)).to(dtype), method)
+        for name, method in _methods(dtype).items()
+    }
+    saved = {name: _saved(model, x) for name, model in models.items()}
+    seconds = interleaved({name: _step(model, x, dy) for name, model in models.items()}, rounds)
+    about = {"out": out, "in": inp, "tokens": tokens, "dtype": _short(dtype)}
+    rows = []
+    for name, mine in seconds.items():
+        least = floor(METHODS[name].formula, out, inp, tokens, r=R, k=lora_rank([(out, inp)]))
+        row = about | {"method": name, "over": "frozen", **vars(ratio(mine, seconds["frozen"])), "floor": least}
+        rows.append(row | {"saved_mib": saved[name], "seconds": mine})
+    for ours, theirs in SAME_FUNCTION:
+        if ours in seconds:
+            rows.append(about | {"method": ours, "over": theirs, **vars(ratio(seconds[ours], seconds[theirs]))})
+    return rows
+
+
+def _methods(dtype: torch.dtype) -> dict[str, Method]:
+    """Over a float32 base there is no narrower adapter, and nothing that `exact` would keep from being rounded away."""
+    wide = dtype == torch.float32
+    return {name: method for name, method in METHODS.items() if not (wide and (method.narrow or name.endswith("exact")))}
 
 
 def _step(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
@@ -69,19 +67,40 @@ def _step(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
     return step
 
 
-def _saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the storages kept for backward, the layer's input and the parameters left out."""
+def _saved(model: nn.Module, x: Tensor) -> float:
     leaf = x.detach().requires_grad_()
-    given = {leaf.untyped_storage().data_ptr(), *(p.untyped_storage().data_ptr() for p in model.parameters())}
-    kept: dict[int, int] = {}
+    return saved_mib(lambda: model(leaf), [leaf, *model.parameters()])
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = model(leaf)
-    del held
-    return sum(kept.values())
+def _tables(measured: list[list[dict[str, Any]]], dtype: str) -> str:
+    """Methods down, shapes across."""
+    columns = [f"{rows[0]['out']} x {rows[0]['in']}, {rows[0]['tokens']}" for rows in measured]
+
+    def table(over_frozen: bool, cell: Callable[[dict[str, Any]], str]) -> str:
+        by_method = zip(*([row for row in rows if (row["over"] == "frozen") == over_frozen] for rows in measured), strict=True)
+        lines = [
+            [row[0]["method"] if over_frozen else f"{row[0]['method']} over {row[0]['over']}", *map(cell, row)]
+            for row in by_method
+        ]
+        return markdown(["method", *columns], lines)
+
+    def time(row: dict[str, Any]) -> str:
+        return f"{row['median']:.2f} [{row['lowest']:.2f}, {row['highest']:.2f}]"
+
+    times = (
+        f"One Linear (out x in, tokens), {dtype} base, forward + backward: CPU time over the frozen layer's, "
+        "median [lowest, highest] / arithmetic floor."
+    )
+    over_peft = f"The same, {dtype} base, over PEFT's method of the same function in the same round."
+    kept = f"Kept for backward, {dtype} base, MiB; the layer's input and parameters left out."
+    return "\n\n".join(
+        [
+            *(times, table(True, lambda row: f"{time(row)} / {row['floor']:.2f}")),
+            *(over_peft, table(False, time)),
+            *(kept, table(True, lambda row: f"{row['saved_mib']:.2f}")),
+        ]
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

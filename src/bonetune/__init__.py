@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bonetune.errors import AdapterFileError, BonetuneError, InputError, SpecError
 from bonetune.spec import VARIANTS, ShardSpec
-from bonetune.tuner import BoneConfig, BoneLayer, BoneLinear, BoneModel, register
+from bonetune.tuner import BoneConfig, BoneLayer, BoneLinear, BoneModel, accelerate_miss, register
 
 if TYPE_CHECKING:
     from bonetune.demonstration import demo
@@ -34,6 +34,7 @@ __all__ = [
     "InputError",
     "ShardSpec",
     "SpecError",
+    "accelerate_miss",
     "demo",
     "environment",
     "evaluate",

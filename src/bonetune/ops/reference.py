@@ -6,7 +6,7 @@ a and b number the blocks, i and j are row and column inside a block, k is summe
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from torch import Tensor
 from bonetune.spec import ShardSpec
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """One adapter's update of one weight: `scale * Delta(W)`, linear in `theta`.
 
     Args:
@@ -23,12 +22,15 @@ class Update:
         spec: what the tensor means.
         scale: factor of the update.
         dropout: applied to what enters the update, never to what enters the frozen weight.
+        exact: whether a BAT update multiplies on its own instead of being rounded together with what it is added to. In
+            exact arithmetic there is no difference; see docs/math.md on precision.
     """
 
     theta: Tensor
     spec: ShardSpec
     scale: float = 1.0
     dropout: Callable[[Tensor], Tensor] | None = None
+    exact: bool = False
 
 
 def delta(weight: Tensor, theta: Tensor, spec: ShardSpec) -> Tensor:

@@ -43,6 +43,7 @@ class RunConfig(BaseModel):
     exclude_modules: str | tuple[str, ...] | None = None
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     bone_dropout: float = Field(default=0.0, ge=0, lt=1)
+    exact_update: bool = False
     bias: Literal["none", "all", "bone_only"] = "none"
     layers_to_transform: tuple[int, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None

@@ -115,6 +115,7 @@ def adapter_config(config: RunConfig) -> BoneConfig:
         exclude_modules=_listed(config.exclude_modules),
         rank_pattern=dict(config.rank_pattern),
         bone_dropout=config.bone_dropout,
+        exact_update=config.exact_update,
         bias=config.bias,
         layers_to_transform=None if config.layers_to_transform is None else list(config.layers_to_transform),
         modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),

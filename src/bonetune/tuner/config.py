@@ -15,7 +15,7 @@ Bias = Literal["none", "all", "bone_only"]
 
 # Fields that the last PEFT with a Bone of its own (0.18) does not know. They are written only where they differ from their
 # defaults, so that it reads files of `bone` and `bat` without having to ignore anything but `variant`.
-_NEWER_DEFAULTS: dict[str, Any] = {"mini_r": 1, "bone_dropout": 0.0, "rank_pattern": {}}
+_NEWER_DEFAULTS: dict[str, Any] = {"mini_r": 1, "bone_dropout": 0.0, "rank_pattern": {}, "exact_update": False}
 
 
 @dataclass
@@ -35,6 +35,9 @@ class BoneConfig(PeftConfig):
         exclude_modules: names or a regular expression of modules to leave alone.
         bone_dropout: dropout on what enters the update; what enters the frozen weight is never dropped. For `bat` and
             `bat-left` it costs one more product with W.
+        exact_update: for the BAT variants, compute the update as a product of its own, which costs one more product with W in
+            the forward pass. Without it the update is rounded together with what it is added to: over a bfloat16 base,
+            parts of it below about 1/256 of that are lost in the forward pass (never in gradients).
         rank_pattern: r for some modules: {name or regular expression: r}.
         layers_to_transform: indices of the layers to adapt; None adapts all.
         layers_pattern: name of the list of layers, if it is an unusual one.
@@ -57,6 +60,7 @@ class BoneConfig(PeftConfig):
         default=None, metadata={"help": "Names or a regular expression of modules to leave alone."}
     )
     bone_dropout: float = field(default=0.0, metadata={"help": "Dropout on what enters the update."})
+    exact_update: bool = field(default=False, metadata={"help": "BAT variants: multiply the update on its own."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Name or regular expression to r."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from bonetune.ops import Update, adapted_linear, delta, merge
 from bonetune.spec import ShardSpec
+from bonetune.tuner.frozen import FrozenBase
 
 
 class BoneLayer(BaseTunerLayer):
     """State of the adapters on one layer: `bone_block[name]` is D or B, `bone_spec[name]` says which."""
 
     adapter_layer_names = ("bone_block",)
-    other_param_names = ("bone_spec", "bone_dropout", "bone_scaling")
+    other_param_names = ("bone_spec", "bone_dropout", "bone_scaling", "bone_exact")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -28,6 +29,7 @@ class BoneLayer(BaseTunerLayer):
         self.bone_spec: dict[str, ShardSpec] = {}
         self.bone_dropout = nn.ModuleDict({})
         self.bone_scaling: dict[str, float] = {}
+        self.bone_exact: dict[str, bool] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # The base weight as it was before merging: what makes unmerging exact. In a list, and so outside any state dict.
@@ -42,6 +44,7 @@ class BoneLayer(BaseTunerLayer):
         *,
         zeros: bool = True,
         dropout: float = 0.0,
+        exact: bool = False,
         inference_mode: bool = False,
         where: str = "this layer",
     ) -> None:
@@ -52,6 +55,7 @@ class BoneLayer(BaseTunerLayer):
             spec: variant and sizes.
             zeros: start at zero; else at random values.
             dropout: probability with which an element that enters the update is dropped.
+            exact: whether a BAT update multiplies on its own; see `BoneConfig.exact_update`.
             inference_mode: whether the adapter starts frozen.
             where: the layer's name, for errors.
 
@@ -68,21 +72,28 @@ class BoneLayer(BaseTunerLayer):
         self.bone_spec[adapter_name] = spec
         self.bone_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.bone_scaling[adapter_name] = 1.0
+        self.bone_exact[adapter_name] = exact
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def updates(self, adapter_names: list[str]) -> list[Update]:
         """Those of the named adapters that this layer has, as `bonetune.ops` takes them."""
+        blocks, training = self.bone_block, self.training  # pyright: ignore[reportAttributeAccessIssue]  (`training` comes from nn.Module)
         return [
             Update(
-                self.bone_block[name],
+                blocks[name],
                 self.bone_spec[name],
                 self.bone_scaling[name],
-                self.bone_dropout[name] if self.training and isinstance(self.bone_dropout[name], nn.Dropout) else None,  # pyright: ignore[reportAttributeAccessIssue]  (`training` comes from nn.Module)
+                self._dropout(name, training),
+                self.bone_exact[name],
             )
             for name in adapter_names
-            if name in self.bone_block
+            if name in blocks
         ]
+
+    def _dropout(self, name: str, training: bool) -> nn.Module | None:
+        dropout = self.bone_dropout[name] if training else None
+        return dropout if isinstance(dropout, nn.Dropout) else None
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the adapter's update by `scale` instead of 1."""
@@ -182,35 +193,7 @@ class BoneLinear(nn.Module, BoneLayer):
         updates = self.updates(self.active_adapters)
         if not updates:
             return self.base_layer(x, *args, **kwargs)
-        return adapted_linear(_Base(self, args, kwargs), x, updates)
+        return adapted_linear(FrozenBase(self, args, kwargs), x, updates)
 
     def __repr__(self) -> str:
         return "bone." + super().__repr__()
-
-
-class _Base:
-    """The base layer of a `BoneLinear` during one forward, as `bonetune.ops` sees it (`ops.FrozenLinear`)."""
-
-    def __init__(self, layer: BoneLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.layer, self.args, self.kwargs = layer, args, kwargs
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.layer.base_layer(x, *self.args, **self.kwargs)
-        backend = self.layer.quantization_backend
-        return y if backend is None else backend.maybe_clone_base_result(y)
-
-    def product(self, x: Tensor) -> Tensor:
-        base = self.layer.base_layer
-        if type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook")):
-            return nn.functional.linear(x, base.weight)
-        y = self(x)
-        return y if self.bias is None else y - self.bias.to(y.dtype)
-
-    def weight(self) -> Tensor:
-        if self.layer.quantization_backend is None:
-            return self.layer.get_base_layer().weight  # pyright: ignore[reportReturnType]  (untyped)  # the Parameter itself: saving it for backward costs nothing
-        return self.layer.get_base_weight()
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.layer.bias

@@ -101,6 +101,7 @@ class BoneModel(BaseTuner):
             peft_config.spec(current_key),
             zeros=bool(peft_config.init_weights),
             dropout=peft_config.bone_dropout,
+            exact=peft_config.exact_update,
             inference_mode=peft_config.inference_mode,
             where=current_key,
         )
@@ -140,6 +141,7 @@ class BoneModel(BaseTuner):
                     adapter_name,
                     config.spec(key.removesuffix(f".bone_block.{adapter_name}")),
                     dropout=config.bone_dropout,
+                    exact=config.exact_update,
                     inference_mode=config.inference_mode,
                 )
         _check_tensors(config, adapter_name, layers, remapped, known=set(model.state_dict()))

@@ -1,0 +1,135 @@
+"""`bat`, which follows the rows of W but multiplies from the right: no transform of x or y does it, so W' must exist.
+
+W'[a,b] = W[a,b] + W[a,b] B[a] + B[a] is built for a few row blocks at a time, rounded once, used, and built again in
+backward: y_a = x W'[a]^T, dW' = dy^T x, dB[a] = sum_b (I + W[a,b]^T) dW'[a,b], dx = dy W'. x is kept, W' never.
+
+For few tokens without gradients x is transformed instead, once for each row block:
+y_a = sum_b (x_b + x_b B[a]^T) W[a,b]^T + s B[a]^T.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bonetune.ops.reference import Update
+from bonetune.ops.shards import FEW_ROWS, product, rows, scaled, shard_sum
+
+# W' is built for this many elements at a time (16 MiB in float32), which bounds the scratch memory.
+SCRATCH_ELEMENTS = 1 << 22
+
+
+def column_product(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence[Update], *, with_weight: bool = True) -> Tensor:
+    """x (c W + sum_k scale_k (W[a,b] B_k[a] + B_k[a]))^T + bias, c = 1 if `with_weight` else 0. x (..., in) -> (..., out)."""
+    exact = any(u.exact for u in updates)
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *(u.theta for u in updates)))
+    if not trained and len(updates) == 1 and x.numel() <= FEW_ROWS * x.shape[-1]:
+        return _few_rows(x, W, updates[0], bias, with_weight)
+    scales = tuple(u.scale for u in updates)
+    return _ColumnProduct.apply(x, W, bias, with_weight, exact, scales, *(u.theta for u in updates))
+
+
+def _few_rows(x: Tensor, W: Tensor, update: Update, bias: Tensor | None, with_weight: bool) -> Tensor:
+    v, theta, scale = rows(x), update.theta, update.scale
+    W = W.to(v.dtype)
+    blocks, r, n, out = theta.shape[0], theta.shape[1], v.shape[0], W.shape[0]
+    B = theta.reshape(out, r).T  # x_b times this is x_b B[a]^T for all a, side by side
+    wide = v.to(theta.dtype)
+    z = torch.mm(wide.view(-1, r), B).view(n, W.shape[1] // r, out)
+    z, y = z if scale == 1 else z * scale, product(shard_sum(wide, r), B, scale)
+    z = z.unflatten(-1, (blocks, r)).permute(2, 0, 1, 3).flatten(2)
+    alone = update.exact or not with_weight
+    z = (z if alone else z + wide).to(v.dtype)
+    y = y.to(v.dtype) + torch.bmm(z, W.view(blocks, r, -1).mT).transpose(0, 1).flatten(1)
+    if bias is not None:
+        y.add_(bias)
+    if with_weight and alone:
+        y.addmm_(v, W.T)
+    return y.view(*x.shape[:-1], out)
+
+
+class _ColumnProduct(torch.autograd.Function):
+    """Products with W', which exists only for a band of row blocks at a time; with `exact`, W and W' - W multiply apart."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        with_weight: bool,
+        exact: bool,
+        scales: tuple[float, ...],
+        *thetas: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, W, *thetas)
+        ctx.with_weight, ctx.scales = with_weight, scales
+        v = rows(x)
+        y = v.new_empty(len(v), len(W))
+        for band in _bands(W, thetas):
+            matrix = _transformed(W, band, with_weight and not exact, scales, thetas).to(v.dtype).T
+            if bias is None:
+                torch.mm(v, matrix, out=y[:, band])
+            else:
+                torch.addmm(bias[band], v, matrix, out=y[:, band])
+            if with_weight and exact:
+                y[:, band].addmm_(v, W[band].to(v.dtype).T)
+        return y.view(*x.shape[:-1], len(W))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, *thetas = ctx.saved_tensors
+        needs_x, needs_w, _, _, _, _, *needs_theta = ctx.needs_input_grad
+        v, dy = rows(x), rows(dy)
+        dx = torch.zeros_like(v) if needs_x else None
+        dW = torch.empty_like(W) if needs_w else None
+        dthetas = [torch.empty_like(B) if needed else None for B, needed in zip(thetas, needs_theta, strict=True)]
+        for band in _bands(W, thetas):
+            if dx is not None:
+                dx.addmm_(dy[:, band], _transformed(W, band, ctx.with_weight, ctx.scales, thetas).to(dy.dtype))
+            if dW is None and not any(needs_theta):
+                continue
+            change = (dy[:, band].T @ v).to(W.dtype)  # dW' of these rows
+            if dW is not None:
+                dW[band] = change if ctx.with_weight else 0
+            for B, scale, dB in zip(thetas, ctx.scales, dthetas, strict=True):
+                r, blocks = B.shape[-1], slice(band.start // B.shape[-1], band.stop // B.shape[-1])
+                wide = _wide(change, r)
+                if dB is not None:
+                    gradient = _wide(W[band], r).mT @ wide + change.view(-1, r, W.shape[1] // r, r).sum(2)
+                    dB[blocks] = scaled(gradient.to(B.dtype), scale, B.dtype)
+                if dW is not None:
+                    dW[band] += (wide @ scaled(B[blocks], scale, W.dtype).mT).view(dW[band].shape)
+        return None if dx is None else dx.view(x.shape), dW, None, None, None, None, *dthetas
+
+
+def _bands(W: Tensor, thetas: Sequence[Tensor]) -> list[slice]:
+    """Row ranges of W that hold whole blocks of every adapter, each of about SCRATCH_ELEMENTS elements."""
+    step = math.lcm(*(B.shape[-1] for B in thetas))
+    step *= max(1, SCRATCH_ELEMENTS // (step * W.shape[1]))
+    return [slice(start, min(start + step, len(W))) for start in range(0, len(W), step)]
+
+
+def _transformed(W: Tensor, band: slice, with_weight: bool, scales: tuple[float, ...], thetas: Sequence[Tensor]) -> Tensor:
+    """Rows `band` of c W + sum_k scale_k (W[a,b] B_k[a] + B_k[a]), in W's dtype.
+
+    W is added last, so that only that sum is rounded at W's size; what comes before is rounded at the update's.
+    """
+    total: Any = None
+    for theta, scale in zip(thetas, scales, strict=True):
+        r = theta.shape[-1]
+        B = scaled(theta[band.start // r : band.stop // r], scale, W.dtype)
+        update = torch.bmm(_wide(W[band], r), B)
+        update.view(len(B), r, -1, r).add_(B[:, :, None, :])
+        total = update if total is None else total.view(update.shape).add_(update)
+    total = total.view(-1, W.shape[1])
+    return total.add_(W[band]) if with_weight else total
+
+
+def _wide(matrix: Tensor, r: int) -> Tensor:
+    """Rows (a * r, in) as (a, r * in/r, r): one matrix for each a, with the blocks [a, b] below each other, row by row."""
+    return matrix.reshape(-1, r * (matrix.shape[1] // r), r)
