@@ -4,17 +4,20 @@
 adapters) to write lists of words in reverse order. Each method's learning rate is chosen on the validation loss of seed 0,
 from a grid of powers of two that grows until its best value lies inside; the runs that count then use seeds 1, 2, 3, whose
 problems no choice has seen. One file a run, written when the run is done: what is there is not run again, so the script goes
-on where it was stopped.
+on where it was stopped. `--step-times FILE` measures instead how long each method's step takes, on the same batches, as
+`benchmarks.timing` measures. `python -m benchmarks.learning_report` turns the files into tables and curves.
 """
 
 import argparse
 import json
 import math
 import random
+import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import torch
 from peft import LoraConfig, MissConfig, PeftConfig, get_peft_model
 from transformers import set_seed
 
+from benchmarks.timing import interleaved
 from bonetune import BoneConfig
 from bonetune.data import Encoded, RowFormat, collate, encode_rows, reasoning_problems
 from bonetune.evaluation import generate
@@ -45,7 +49,8 @@ class Method:
     Args:
         config: makes the PEFT configuration.
         rates: the first grid of learning rates, ascending by factors of two.
-        same_function_as: a method that computes the same function, whose learning rate is taken over instead of a sweep.
+        same_function_as: a method that computes the same function but for rounding, whose learning rate is taken over instead
+            of a sweep.
     """
 
     config: Callable[[], PeftConfig]
@@ -53,8 +58,8 @@ class Method:
     same_function_as: str | None = None
 
 
-def _bone(variant: str, r: int = 64) -> Callable[[], PeftConfig]:
-    return lambda: BoneConfig(r=r, variant=variant, target_modules="all-linear", task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]  (an enum whose members are texts)
+def _bone(variant: str, r: int = 64, **more: Any) -> Callable[[], PeftConfig]:
+    return lambda: BoneConfig(r=r, variant=variant, **more, target_modules="all-linear", task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]  (an enum whose members are texts)
 
 
 def _lora(init: bool | str) -> Callable[[], PeftConfig]:
@@ -77,6 +82,8 @@ METHODS: dict[str, Method] = {
     "bat-free": Method(_bone("bat-free", 192), (1e-4, 2e-4, 4e-4)),
     "lora": Method(_lora(True), (1e-3, 2e-3, 4e-3)),
     "pissa": Method(_lora("pissa_niter_16"), (2.5e-4, 5e-4, 1e-3)),
+    "bat-exact": Method(_bone("bat", exact_update=True), same_function_as="bat"),
+    "bat-row-exact": Method(_bone("bat-row", exact_update=True), same_function_as="bat-row"),
     "miss": Method(
         lambda: MissConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"),  # pyright: ignore[reportArgumentType]  (as above)
         same_function_as="bone",
@@ -101,8 +108,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="one file a run is written here")
     parser.add_argument("--methods", default=",".join(METHODS), help="a part of the methods, separated by commas")
+    parser.add_argument("--step-times", type=Path, help="train nothing; write the CPU seconds of a step by method here")
     arguments = parser.parse_args()
     names = arguments.methods.split(",")
+    if arguments.step_times:
+        write_json(arguments.step_times, step_times(names))
+        return
     best = {name: sweep(name, arguments.output) for name in names if METHODS[name].rates}
     for seed in SEEDS:
         for name in names:
@@ -143,45 +154,65 @@ def completed(run: Run, folder: Path) -> dict[str, Any]:
 def train_and_examine(run: Run) -> dict[str, Any]:
     """Train once. Runs that count (not the sweep's) are examined on their test problems: loss and exact match by item."""
     began = time.perf_counter()
-    loaded = load_base(smollm2(), "bfloat16")
-    set_seed(run.seed)
-    model: Any = get_peft_model(loaded.model, METHODS[run.method].config())
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    training = _rows(STEPS * BATCH_SIZE, run.seed * SEED_SPACING)
-    seen = {row["prompt"] for row in training}
-    encoded = _encoded(training, loaded.tokenizer)
-    random.Random(run.seed).shuffle(encoded)
-    optimizer = torch.optim.AdamW(trainable, weight_decay=0.0)
-    batch_of = collate(loaded.tokenizer.pad_token_id)
+    training = _Training(run)
     losses: list[float] = []
-    model.train()
     for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = run.learning_rate * min((step + 1) / WARMUP_STEPS, (STEPS - step) / (STEPS - WARMUP_STEPS + 1))
-        loss = completion_loss(model, **batch_of(encoded[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(training.step(step))
         if not math.isfinite(losses[-1]):
             break
-    model.eval()
+    model, tokenizer, seen = training.model.eval(), training.tokenizer, training.seen
     record: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in trainable),
+        "parameters": sum(p.numel() for p in training.trainable),
         "training_losses": losses,
-        "validation_loss": _mean_loss(_item_losses(model, loaded.tokenizer, _unseen(VALIDATION_OFFSET, run.seed, seen))),
+        "validation_loss": _mean_loss(_item_losses(model, tokenizer, _unseen(VALIDATION_OFFSET, run.seed, seen))),
         "commit": _commit(),
         "torch": torch.__version__,
     }
     if run.seed != SWEEP_SEED:
         test = _unseen(TEST_OFFSET, run.seed, seen)
-        items = _item_losses(model, loaded.tokenizer, test)
-        answers = generate(model, loaded.tokenizer, [row["prompt"] for row in test], max_new_tokens=48, batch_size=40)
+        items = _item_losses(model, tokenizer, test)
+        answers = generate(model, tokenizer, [row["prompt"] for row in test], max_new_tokens=48, batch_size=40)
         correct = [answer.strip() == row["completion"].strip() for answer, row in zip(answers, test, strict=True)]
         record |= {"test_loss": _mean_loss(items), "exact_match": sum(correct) / len(correct)}
         record["test_items"] = [item | {"correct": right} for item, right in zip(items, correct, strict=True)]
     return record | {"seconds": time.perf_counter() - began}
+
+
+def step_times(names: Sequence[str], rounds: int = 9) -> dict[str, float]:
+    """Median CPU seconds of a training step of each method, all methods' steps on the same batches, in turn."""
+    trainings = {name: _Training(Run(name, 0.0, SWEEP_SEED)) for name in names}
+    seconds = interleaved({name: partial(training.step, 0) for name, training in trainings.items()}, rounds, shortest=0)
+    return {name: statistics.median(samples) for name, samples in seconds.items()}
+
+
+class _Training:
+    """The model of a run with its adapter, its data and its optimizer."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        loaded = load_base(smollm2(), "bfloat16")
+        self.tokenizer = loaded.tokenizer
+        set_seed(run.seed)
+        self.model: Any = get_peft_model(loaded.model, METHODS[run.method].config()).train()
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        rows = _rows(STEPS * BATCH_SIZE, run.seed * SEED_SPACING)
+        self.seen = {row["prompt"] for row in rows}
+        self.encoded = _encoded(rows, self.tokenizer)
+        random.Random(run.seed).shuffle(self.encoded)
+        self.optimizer = torch.optim.AdamW(self.trainable, weight_decay=0.0)
+        self.batch_of = collate(self.tokenizer.pad_token_id)
+
+    def step(self, step: int) -> float:
+        """Optimizer step number `step` (from 0); returns its loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.run.learning_rate * min((step + 1) / WARMUP_STEPS, (STEPS - step) / (STEPS - WARMUP_STEPS + 1))
+        batch = self.batch_of(self.encoded[step * BATCH_SIZE : (step + 1) * BATCH_SIZE])
+        loss = completion_loss(self.model, **batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
 
 
 def _rows(size: int, seed: int) -> list[dict[str, str]]:
