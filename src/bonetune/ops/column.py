@@ -85,12 +85,13 @@ class _ColumnProduct(torch.autograd.Function):
         x, W, *thetas = ctx.saved_tensors
         needs_x, needs_w, _, _, _, _, *needs_theta = ctx.needs_input_grad
         v, dy = rows(x), rows(dy)
-        dx = torch.zeros_like(v) if needs_x else None
+        dx: Tensor | None = None
         dW = torch.empty_like(W) if needs_w else None
         dthetas = [torch.empty_like(B) if needed else None for B, needed in zip(thetas, needs_theta, strict=True)]
         for band in _bands(W, thetas):
-            if dx is not None:
-                dx.addmm_(dy[:, band], _transformed(W, band, ctx.with_weight, ctx.scales, thetas).to(dy.dtype))
+            if needs_x:
+                matrix = _transformed(W, band, ctx.with_weight, ctx.scales, thetas).to(dy.dtype)
+                dx = dy[:, band] @ matrix if dx is None else dx.addmm_(dy[:, band], matrix)
             if dW is None and not any(needs_theta):
                 continue
             change = (dy[:, band].T @ v).to(W.dtype)  # dW' of these rows
