@@ -171,7 +171,7 @@ def train_and_examine(run: Run) -> dict[str, Any]:
     if run.seed != SWEEP_SEED:
         test = _unseen(TEST_OFFSET, run.seed, seen)
         items = _item_losses(model, tokenizer, test)
-        answers = generate(model, tokenizer, [row["prompt"] for row in test], max_new_tokens=48, batch_size=40)
+        answers = generate(model, tokenizer, [row["prompt"] for row in test], max_new_tokens=48, batch_size=TEST_SIZE)
         correct = [answer.strip() == row["completion"].strip() for answer, row in zip(answers, test, strict=True)]
         record |= {"test_loss": _mean_loss(items), "exact_match": sum(correct) / len(correct)}
         record["test_items"] = [item | {"correct": right} for item, right in zip(items, correct, strict=True)]

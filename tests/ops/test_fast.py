@@ -262,3 +262,91 @@ def test_gradients_at_tiny_updates_over_a_bfloat16_base(variant, exact, n):
         got = gradients(adapted_linear(layer(W, bias), x, updates), x, updates)
         for actual, want in zip(got, expected, strict=True):
             assert torch.linalg.norm(actual.double() - want) <= 2**-8 * torch.linalg.norm(want)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layer", [Frozen, Plain])
+def test_the_output_may_be_written_to(variant, layer):
+    W, bias, x, updates = make([variant], 12, 8, 4, 3, n=(3, 7))
+    expected = gradients(apply(x, W, updates, bias).relu(), x, updates)
+    y = adapted_linear(layer(W, bias), x, updates).relu_()
+    for got, want in zip(gradients(y, x, updates), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("n", [3, 20, 60])
+def test_a_weight_that_is_not_contiguous(variant, n):
+    W, bias, x, updates = make([variant], 48, 32, 8, 8, n=(n,))
+    assert_equals_reference(W.T.contiguous().T, bias, x, updates)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layer", [Frozen, Plain])
+def test_gradients_that_are_not_contiguous(variant, layer):
+    W, bias, x, updates = make([variant], 12, 8, 4, 3, n=(20,))
+    leaves = [x, *(u.theta for u in updates)]
+    for dy in (torch.ones((), dtype=torch.float64).expand(20, 12), torch.arange(240.0, dtype=torch.float64).reshape(12, 20).T):
+        expected = torch.autograd.grad(apply(x, W, updates, bias), leaves, dy)
+        for got, want in zip(
+            torch.autograd.grad(adapted_linear(layer(W, bias), x, updates), leaves, dy), expected, strict=True
+        ):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("variants", [["bat-row", "bat-free"], ["bone", "bat-row"], ["bat-left", "bat-left"], ["bat", "bat"]])
+@pytest.mark.parametrize("n", [(2, 5), (3, 7), (40,)])
+def test_shard_sizes_that_differ(variants, n):
+    first, second = variants
+    W, bias, x, (small,) = make([first], 24, 24, 2, 1, n=n)
+    *_, (large,) = make([second], 24, 24, 6, 1, n=n)
+    assert_equals_reference(W, bias, x, [small, large, small._replace(scale=0.3)])
+
+
+def test_many_bands_over_bfloat16_accumulate_like_one(monkeypatch):
+    W, bias, x, (update,) = make(["bat"], 512, 64, 16, 1, torch.bfloat16, torch.float32, n=(40,))
+    wide = update._replace(theta=update.theta.detach().double().requires_grad_())
+    wide_x = x.detach().double().requires_grad_()
+    want, _ = gradients(apply(wide_x, W.double(), [wide], bias.double()), wide_x, [wide])
+    monkeypatch.setattr(column, "SCRATCH_ELEMENTS", 1)
+    got, _ = gradients(adapted_linear(Plain(W, bias), x, [update]), x, [update])
+    assert torch.linalg.norm(got.double() - want) <= 2**-8 * torch.linalg.norm(want)
+
+
+def test_a_narrow_adapter_over_a_wide_base_is_scaled_in_the_wider_dtype():
+    W, bias, x, (update,) = make(["bone"], 64, 96, 16, 8, torch.float32, torch.bfloat16, n=(40,), scale=0.7)
+    expected = apply(x.double(), W.double(), [update._replace(theta=update.theta.double())], bias.double())
+    y = adapted_linear(Plain(W, bias), x, [update]).double()
+    assert torch.linalg.norm(y - expected) <= 1e-6 * torch.linalg.norm(expected)
+
+
+@pytest.fixture
+def cuda_autocast_sums():
+    """CUDA's autocast sums in float32; the CPU's does not, unless it is told to."""
+    library = torch.library.Library("aten", "IMPL")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def wide_sum(x, dim, keepdim=False, dtype=None):
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return torch.sum(
+                x, dim, keepdim, dtype=dtype or (torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else None)
+            )
+
+    library.impl("sum.dim_IntList", wide_sum, "AutocastCPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layer", [Frozen, Plain])
+@pytest.mark.parametrize("n", [4, 40])
+@pytest.mark.usefixtures("cuda_autocast_sums")
+def test_autocast_that_sums_in_float32(variant, layer, n):
+    W, bias, x, updates = make([variant], 64, 96, 16, 8, torch.float32, n=(n,))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.ones(2, 3, dtype=torch.bfloat16).sum(-1).dtype == torch.float32
+        y = adapted_linear(layer(W, bias), x, updates)
+    assert y.dtype == torch.bfloat16
+    expected = apply(x, W, updates, bias)
+    for got, want in zip(gradients(y, x, updates), gradients(expected, x, updates), strict=True):
+        assert torch.linalg.norm(got.float() - want) <= 1.5e-2 * torch.linalg.norm(want)

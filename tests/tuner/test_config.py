@@ -38,6 +38,7 @@ def test_init_weights_may_name_the_variant(variant):
         ({"rank_pattern": {"q_proj": -4}}, "`r` should be a positive integer"),
         ({"bias": "some"}, "Unknown bias 'some'"),
         ({"bone_dropout": 1.0}, "`bone_dropout` should be"),
+        ({"exact_update": "false"}, "`exact_update` should be true or false, got 'false'"),
     ],
 )
 def test_bad_settings_are_one_clear_error(settings, message):

@@ -93,22 +93,39 @@ def test_files_are_pefts(kind, tmp_path):
     accelerate_miss(model)
     model.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(base_model(), tmp_path).double().eval()
-    assert all(type(m) is MissLinear for m in reloaded.modules() if isinstance(m, MissLinear))
     torch.testing.assert_close(logits(reloaded), logits(model))
 
 
-def test_dropout_drops_what_enters_the_update():
+def test_dropout_is_pefts():
     model = miss(miss_dropout=0.5)
-    accelerate_miss(model)
-    expected = logits(model)
+    without = logits(model)
     model.train()
     torch.manual_seed(0)
-    first = logits(model)
-    assert not torch.equal(first, logits(model))
+    expected = logits(model)
+    accelerate_miss(model)
     torch.manual_seed(0)
-    assert torch.equal(first, logits(model))
-    model.eval()
     torch.testing.assert_close(logits(model), expected)
+    assert not torch.allclose(expected, without)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bat_computes_in_the_wider_dtype_as_pefts_does(bias):
+    layer = torch.nn.Sequential(torch.nn.Linear(16, 8, bias=bias).bfloat16())
+    model = randomized(get_peft_model(layer, MissConfig(r=4, init_weights="bat", target_modules=["0"]))).float()
+    model.base_model.model[0].base_layer.bfloat16()
+    x = torch.randn(20, 16)
+    expected = model(x)
+    accelerate_miss(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_float32_base_costs_no_further_product():
+    model = miss("bat", base=llama())
+    accelerate_miss(model)
+    layer = next(m for m in model.modules() if isinstance(m, MissLinear))
+    assert not layer._updates(torch.zeros(1, layer.in_features))[0].exact
+    layer.base_layer.bfloat16()
+    assert layer._updates(torch.zeros(1, layer.in_features).bfloat16())[0].exact
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,25 +16,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bonetune.ops.reference import Update
-from bonetune.ops.shards import FEW_ROWS, product, rows, scaled, shard_sum
+from bonetune.ops.shards import few, product, rows, scaled, shard_sum
 
-# W' is built for this many elements at a time (16 MiB in float32), which bounds the scratch memory.
-SCRATCH_ELEMENTS = 1 << 22
+# W' is built for this many elements at a time (64 MiB in float32), which bounds the scratch memory.
+SCRATCH_ELEMENTS = 1 << 24
 
 
 def column_product(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence[Update], *, with_weight: bool = True) -> Tensor:
     """x (c W + sum_k scale_k (W[a,b] B_k[a] + B_k[a]))^T + bias, c = 1 if `with_weight` else 0. x (..., in) -> (..., out)."""
     exact = any(u.exact for u in updates)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *(u.theta for u in updates)))
-    if not trained and len(updates) == 1 and x.numel() <= FEW_ROWS * x.shape[-1]:
-        return _few_rows(x, W, updates[0], bias, with_weight)
-    scales = tuple(u.scale for u in updates)
-    return _ColumnProduct.apply(x, W, bias, with_weight, exact, scales, *(u.theta for u in updates))
+    v, out = rows(x), W.shape[0]
+    if not trained and len(updates) == 1 and few(v) and 4 * v.shape[0] <= updates[0].spec.r:
+        y = _few_rows(v, W, updates[0], bias, with_weight)
+    else:
+        scales = tuple(u.scale for u in updates)
+        y = _ColumnProduct.apply(v, W, bias, with_weight, exact, scales, *(u.theta for u in updates))
+    return y.view(*x.shape[:-1], out)
 
 
-def _few_rows(x: Tensor, W: Tensor, update: Update, bias: Tensor | None, with_weight: bool) -> Tensor:
-    v, theta, scale = rows(x), update.theta, update.scale
-    W = W.to(v.dtype)
+def _few_rows(v: Tensor, W: Tensor, update: Update, bias: Tensor | None, with_weight: bool) -> Tensor:
+    """For n rows; what they are transformed to has n / r times as many elements as W."""
+    theta, scale = update.theta, update.scale
+    W = rows(W).to(v.dtype)
     blocks, r, n, out = theta.shape[0], theta.shape[1], v.shape[0], W.shape[0]
     B = theta.reshape(out, r).T  # x_b times this is x_b B[a]^T for all a, side by side
     wide = v.to(theta.dtype)
@@ -48,7 +52,7 @@ def _few_rows(x: Tensor, W: Tensor, update: Update, bias: Tensor | None, with_we
         y.add_(bias)
     if with_weight and alone:
         y.addmm_(v, W.T)
-    return y.view(*x.shape[:-1], out)
+    return y
 
 
 class _ColumnProduct(torch.autograd.Function):
@@ -57,7 +61,7 @@ class _ColumnProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        v: Tensor,
         W: Tensor,
         bias: Tensor | None,
         with_weight: bool,
@@ -65,9 +69,8 @@ class _ColumnProduct(torch.autograd.Function):
         scales: tuple[float, ...],
         *thetas: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, W, *thetas)
+        ctx.save_for_backward(v, W, *thetas)
         ctx.with_weight, ctx.scales = with_weight, scales
-        v = rows(x)
         y = v.new_empty(len(v), len(W))
         for band in _bands(W, thetas):
             matrix = _transformed(W, band, with_weight and not exact, scales, thetas).to(v.dtype).T
@@ -77,21 +80,22 @@ class _ColumnProduct(torch.autograd.Function):
                 torch.addmm(bias[band], v, matrix, out=y[:, band])
             if with_weight and exact:
                 y[:, band].addmm_(v, W[band].to(v.dtype).T)
-        return y.view(*x.shape[:-1], len(W))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, *thetas = ctx.saved_tensors
+        v, W, *thetas = ctx.saved_tensors
         needs_x, needs_w, _, _, _, _, *needs_theta = ctx.needs_input_grad
-        v, dy = rows(x), rows(dy)
+        dy = rows(dy)
         dx: Tensor | None = None
         dW = torch.empty_like(W) if needs_w else None
         dthetas = [torch.empty_like(B) if needed else None for B, needed in zip(thetas, needs_theta, strict=True)]
         for band in _bands(W, thetas):
             if needs_x:
-                matrix = _transformed(W, band, ctx.with_weight, ctx.scales, thetas).to(dy.dtype)
-                dx = dy[:, band] @ matrix if dx is None else dx.addmm_(dy[:, band], matrix)
+                part = dy[:, band] @ _transformed(W, band, ctx.with_weight, ctx.scales, thetas).to(dy.dtype)
+                # several bands are added up in float32, as one product would accumulate them
+                dx = part if dx is None else dx.to(torch.promote_types(dx.dtype, torch.float32)).add_(part)
             if dW is None and not any(needs_theta):
                 continue
             change = (dy[:, band].T @ v).to(W.dtype)  # dW' of these rows
@@ -101,11 +105,11 @@ class _ColumnProduct(torch.autograd.Function):
                 r, blocks = B.shape[-1], slice(band.start // B.shape[-1], band.stop // B.shape[-1])
                 wide = _wide(change, r)
                 if dB is not None:
-                    gradient = _wide(W[band], r).mT @ wide + change.view(-1, r, W.shape[1] // r, r).sum(2)
-                    dB[blocks] = scaled(gradient.to(B.dtype), scale, B.dtype)
+                    gradient = _wide(W[band], r).mT @ wide + change.view(-1, r, W.shape[1] // r, r).sum(2, dtype=change.dtype)
+                    dB[blocks] = scaled(gradient, scale, B.dtype)
                 if dW is not None:
                     dW[band] += (wide @ scaled(B[blocks], scale, W.dtype).mT).view(dW[band].shape)
-        return None if dx is None else dx.view(x.shape), dW, None, None, None, None, *dthetas
+        return None if dx is None else dx.to(v.dtype), dW, None, None, None, None, *dthetas
 
 
 def _bands(W: Tensor, thetas: Sequence[Tensor]) -> list[slice]:
@@ -116,7 +120,7 @@ def _bands(W: Tensor, thetas: Sequence[Tensor]) -> list[slice]:
 
 
 def _transformed(W: Tensor, band: slice, with_weight: bool, scales: tuple[float, ...], thetas: Sequence[Tensor]) -> Tensor:
-    """Rows `band` of c W + sum_k scale_k (W[a,b] B_k[a] + B_k[a]), in W's dtype.
+    """Rows `band` of c W + sum_k scale_k (W[a,b] B_k[a] + B_k[a]), in W's dtype (forward under autocast: its).
 
     W is added last, so that only that sum is rounded at W's size; what comes before is rounded at the update's.
     """

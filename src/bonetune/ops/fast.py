@@ -27,7 +27,6 @@ from bonetune.ops.column import column_product
 from bonetune.ops.fused import input_or_shared, output_transform
 from bonetune.ops.reference import Update
 from bonetune.ops.shards import (
-    add_to_every_shard_,
     block_product,
     block_product_backward,
     product,
@@ -116,29 +115,28 @@ def _around(frozen: FrozenLinear, x: Tensor, updates: Sequence[Update]) -> Tenso
     for u, z in inputs:
         y = y + _tiled(shard_sum(z, u.spec.r), y.shape[-1])
     for u in of[_SHARED]:
-        y = _AddSharedProduct.apply(y, shard_sum(_dropped(u, x), u.spec.r), u.theta, u.scale)
+        narrow = _SharedProduct.apply(shard_sum(_dropped(u, x), u.spec.r), u.theta, u.scale)
+        y.unflatten(-1, (-1, narrow.shape[-1])).add_(narrow.unsqueeze(-2))
     return y
 
 
-class _AddSharedProduct(torch.autograd.Function):
-    """bone and mini: y + scale * s D, D repeated along out for mini, written into y. y (..., out), s (..., r)."""
+class _SharedProduct(torch.autograd.Function):
+    """bone and mini: scale * s D, for mini still narrow. s (..., r), D (r, out or mini_r) -> (..., out or mini_r)."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, s: Tensor, D: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, s: Tensor, D: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(s, D)
         ctx.scale = scale
-        ctx.mark_dirty(y)
-        add_to_every_shard_(y.view(-1, y.shape[-1]), product(rows(s).to(y.dtype), D, scale))
-        return y
+        return product(rows(s), D, scale).view(*s.shape[:-1], D.shape[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
         s, D = ctx.saved_tensors
-        narrow = shard_sum(rows(dy), D.shape[1])
-        ds = product(narrow, D.T, ctx.scale).to(s.dtype).view(s.shape) if ctx.needs_input_grad[1] else None
-        dD = product_gradient(rows(s).to(dy.dtype), narrow, D, ctx.scale) if ctx.needs_input_grad[2] else None
-        return dy, ds, dD, None
+        dp = rows(dp)
+        ds = product(dp, D.T, ctx.scale).view(s.shape) if ctx.needs_input_grad[0] else None
+        dD = product_gradient(rows(s), dp, D, ctx.scale) if ctx.needs_input_grad[1] else None
+        return ds, dD, None
 
 
 class _BlockProduct(torch.autograd.Function):

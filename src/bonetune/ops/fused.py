@@ -43,19 +43,22 @@ def _run(function: Any, forward: Any, x: Tensor, W: Tensor, bias: Tensor | None,
     terms = tuple((u.spec, u.scale, u.exact) for u in updates)
     thetas = tuple(u.theta for u in updates)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *thetas)):
-        return function.apply(x, W, bias, terms, *thetas)
-    return forward(x, W, bias, terms, thetas)[0]
+        y = function.apply(x, W, bias, terms, *thetas)
+    else:
+        y, _ = forward(x, W, bias, terms, thetas)
+    # viewed out here: what a Function returns as a view may not be written to, as users do (`y += x`)
+    return y.view(*x.shape[:-1], W.shape[0])
 
 
 def _input_or_shared(
     x: Tensor, W: Tensor, bias: Tensor | None, terms: Terms, thetas: Sequence[Tensor]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Y and the shard sums of x that were used, by r."""
+    """Y (n, out) and the shard sums of x that were used, by r."""
     v, out = rows(x), W.shape[0]
     sums, y = _ShardSums(v), bias
     # z W^T = x (W B)^T: of x and W the one with fewer rows is transformed
     by_weight = v.shape[0] > out
-    frozen = W if by_weight else v
+    frozen = rows(W) if by_weight else v
     whole, apart = frozen, None
     for (spec, scale, exact), theta in zip(terms, thetas, strict=True):
         if not spec.blockwise:
@@ -72,7 +75,7 @@ def _input_or_shared(
     for total in (whole,) if apart is None else (apart, whole):
         y = _with_product(y, *((v, total) if by_weight else (total, W)))
     assert y is not None
-    return y.view(*x.shape[:-1], out), sums
+    return y, sums
 
 
 class _InputOrShared(torch.autograd.Function):
@@ -118,7 +121,7 @@ class _InputOrShared(torch.autograd.Function):
 def _output_transform(
     x: Tensor, W: Tensor, bias: Tensor | None, terms: Terms, thetas: Sequence[Tensor]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Y and the transformed u, by r."""
+    """Y (n, out) and the transformed u, by r."""
     v = rows(x)
     y0 = v @ W.T
     us = {spec.r: plus_every_shard(y0, shard_sum(v, spec.r)) for spec, _, _ in terms}
@@ -131,7 +134,7 @@ def _output_transform(
         y.add_(bias)
     if exact:
         y.addmm_(v, W.T)
-    return y.view(*x.shape[:-1], W.shape[0]), us
+    return y, us
 
 
 class _OutputTransform(torch.autograd.Function):

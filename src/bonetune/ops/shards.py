@@ -19,12 +19,13 @@ def rows(x: Tensor) -> Tensor:
 
 
 def shard_sum(x: Tensor, r: int) -> Tensor:
-    """s = sum_b x_b: (..., in) -> (..., r). A ragged last shard counts as filled up with zeros."""
+    """s = sum_b x_b: (..., in) -> (..., r), in x's dtype. A ragged last shard counts as filled up with zeros."""
+    # the dtype is named because CUDA's autocast sums in float32 otherwise
     *leading, features = x.shape
     tail = features % r
     if not tail:
-        return x.reshape(*leading, features // r, r).sum(-2)
-    return x[..., :-tail].unflatten(-1, (-1, r)).sum(-2) + torch.nn.functional.pad(x[..., -tail:], (0, r - tail))
+        return x.reshape(*leading, features // r, r).sum(-2, dtype=x.dtype)
+    return x[..., :-tail].unflatten(-1, (-1, r)).sum(-2, dtype=x.dtype) + torch.nn.functional.pad(x[..., -tail:], (0, r - tail))
 
 
 def add_to_every_shard_(y: Tensor, t: Tensor) -> Tensor:
@@ -49,7 +50,8 @@ def few(v: Tensor) -> bool:
 
 def scaled(theta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Scale * theta in `dtype`, rounded once."""
-    theta = theta if scale == 1 else theta * scale
+    if scale != 1:
+        theta = theta.to(torch.promote_types(theta.dtype, dtype)) * scale
     return theta if theta.dtype == dtype else theta.to(dtype)
 
 
@@ -62,7 +64,7 @@ def product(v: Tensor, matrix: Tensor, scale: float = 1.0) -> Tensor:
 
 def product_gradient(v: Tensor, dp: Tensor, like: Tensor, scale: float) -> Tensor:
     """Scale * v^T dp, the gradient of the matrix `like` (k, l) in `product`, in its dtype. v (n, k), dp (n, l) in one dtype."""
-    return scaled((v.T @ dp).to(like.dtype), scale, like.dtype)
+    return scaled(v.T @ dp, scale, like.dtype)
 
 
 def block_product(
@@ -78,7 +80,7 @@ def block_product(
         shards = v.to(blocks.dtype).view(v.shape[0], v.shape[1] // r, r)
         p = shards @ blocks[0] if blocks.shape[0] == 1 else torch.bmm(shards.transpose(0, 1), blocks).transpose(0, 1)
         p = p if scale == 1 else p * scale
-        p, sums = p.reshape(v.shape), p.sum(1).to(v.dtype)
+        p, sums = p.reshape(v.shape), p.sum(1, dtype=p.dtype).to(v.dtype)
         p = (p if plus is None else p + plus).to(v.dtype)
         return p if into is None else into.copy_(p), sums
     matrices = scaled(blocks, scale, v.dtype)
@@ -103,7 +105,8 @@ def block_product_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dv + plus, sum_b dv_b, dM) for `block_product`, where p_b has the gradient g_b = dp_b + tile.
 
-    dv_b = scale * g_b M[b]^T; dM[b] = scale * v_b^T g_b, summed over b for (1, r, r), accumulated in at least float32.
+    dv_b = scale * g_b M[b]^T; dM[b] = scale * v_b^T g_b, summed over b for (1, r, r); over parts of the rows in at least
+    float32.
     tile (n, r) or None. `plus` may be `dp`. The first result is written into `into`, which may be either, or else a new
     matrix. `needs` says whether dv and dM are wanted, `summed` whether the second result is.
     """
@@ -146,5 +149,5 @@ def _write(p: Tensor, total: Tensor, plus: Tensor | None, sums: Tensor | None) -
         torch.sum(shards, 0, out=sums)
     if plus is not None:
         # added before it is laid out by token again: a sum of two layouts is slower than a copy and a sum of one
-        p.add_(plus.view(p.shape) if single else plus.unflatten(-1, (-1, r)).transpose(0, 1).contiguous())
+        p.add_(plus.reshape(p.shape) if single else plus.unflatten(-1, (-1, r)).transpose(0, 1).contiguous())
     total.unflatten(-1, (-1, r)).copy_(shards.transpose(0, 1))

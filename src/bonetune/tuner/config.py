@@ -37,7 +37,8 @@ class BoneConfig(PeftConfig):
             `bat-left` it costs one more product with W.
         exact_update: for the BAT variants, compute the update as a product of its own, which costs one more product with W in
             the forward pass. Without it the update is rounded together with what it is added to: over a bfloat16 base,
-            parts of it below about 1/256 of that are lost in the forward pass (never in gradients).
+            parts of it below about 1/256 of that are lost in the forward pass (never in gradients). It needs a plain Linear
+            and one kind of adapter at a time, and works without dropout only: else the frozen product is rounded already.
         rank_pattern: r for some modules: {name or regular expression: r}.
         layers_to_transform: indices of the layers to adapt; None adapts all.
         layers_pattern: name of the list of layers, if it is an unusual one.
@@ -81,6 +82,8 @@ class BoneConfig(PeftConfig):
             raise InputError(f"Unknown bias {self.bias!r}: choose 'none', 'all' or 'bone_only'.")
         if not 0 <= self.bone_dropout < 1:
             raise InputError(f"`bone_dropout` should be at least 0 and less than 1, got {self.bone_dropout!r}.")
+        if not isinstance(self.exact_update, bool):
+            raise InputError(f"`exact_update` should be true or false, got {self.exact_update!r}.")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise InputError(f"`{name}` cannot be used when `target_modules` is a str. List the modules' names instead.")

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 _AT_REST = (nn.Parameter, Tensor)
 _NAMES = {"weight", "bias"}
@@ -27,8 +29,8 @@ class FrozenBase:
     def __call__(self, x: Tensor) -> Tensor:
         args, kwargs = self._called_with
         y = self._base(x, *args, **kwargs)
-        backend = self._layer.quantization_backend
-        return y if backend is None else backend.maybe_clone_base_result(y)
+        # a hook or a kernel may hold on to what it returned; what a plain product returned is nobody else's
+        return y if self._bare else y.clone(memory_format=torch.contiguous_format)
 
     def product(self, x: Tensor) -> Tensor:
         if self._bare:
@@ -52,13 +54,16 @@ def _is_bare(base: nn.Module) -> bool:
     """Whether calling `base` is x W^T + bias and nothing else, so that the product may be computed without calling it.
 
     Not so for subclasses (quantized, parametrized, of another tuner), for layers with hooks (offloading, recorders,
-    DeepSpeed's gathering), and with a DTensor or another tensor subclass for a weight.
+    DeepSpeed's gathering), and with a DTensor, another tensor subclass or a sparse tensor for a weight.
     """
     if type(base) is not nn.Linear or "forward" in base.__dict__:
         return False
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return False
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return False
     parameters = base._parameters
     return parameters.keys() == _NAMES and all(
-        p is None or (type(p) in _AT_REST and not hasattr(p, "ds_id")) for p in parameters.values()
+        p is None or (type(p) in _AT_REST and p.layout is torch.strided and not hasattr(p, "ds_id"))
+        for p in parameters.values()
     )

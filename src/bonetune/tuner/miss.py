@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from peft.tuners.miss.layer import MissLinear
 from torch import Tensor, nn
 
@@ -44,18 +45,21 @@ class AcceleratedMissLinear(MissLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
-        updates = None if self.disable_adapters or self.merged else self._updates()
+        updates = None if self.disable_adapters or self.merged else self._updates(x)
         if not updates:
             return super().forward(x, *args, **kwargs)
         return adapted_linear(FrozenBase(self, args, kwargs), x, updates).to(x.dtype)
 
-    def _updates(self) -> list[Update] | None:
-        """The active adapters, or None where PEFT's function is not the sum of their updates or is an error."""
+    def _updates(self, x: Tensor) -> list[Update] | None:
+        """The active adapters, or None where PEFT's function is not the sum of their updates in the dtype of x."""
+        weight: Any = self.get_base_layer().weight
         names = [name for name in self.active_adapters if name in self.miss_block]
         if self.miss_fn == "bat":
             backend = self.quantization_backend
             if len(names) > 1 or (backend is not None and not backend.supports_merge):
                 return None  # PEFT transforms the first adapter's result by the second
+            if backend is None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                return None  # PEFT computes in the wider one
         updates = []
         for name in names:
             theta, dropout = self.miss_block[name], self.miss_dropout[name]
@@ -63,6 +67,7 @@ class AcceleratedMissLinear(MissLinear):
             spec = ShardSpec(variant, theta.shape[1 if variant == "bat" else 0], theta.shape[1] if variant == "mini" else 1)
             if tuple(theta.shape) != spec.shape(self.out_features, self.in_features):
                 return None  # of another kind than the layer's first adapter, whose kind PEFT goes by
+            narrower = torch.promote_types(weight.dtype, theta.dtype) != weight.dtype
             drops = self.training and isinstance(dropout, nn.Dropout) and variant != "bat"  # PEFT's BAT has no dropout
-            updates.append(Update(theta, spec, dropout=dropout if drops else None, exact=self.exact_update))
+            updates.append(Update(theta, spec, dropout=dropout if drops else None, exact=self.exact_update and narrower))
         return updates
