@@ -42,9 +42,15 @@ def draw(study: Study, seconds: dict[str, float] | None = None) -> Figure:
     seeds = ", ".join(map(str, study.seeds))
     figure.suptitle("How fast each method learns to reverse lists of words", fontsize=15)
     panels[0].set_title(f"line: mean of seeds {seeds}; band: their range{crosses}", fontsize=10, loc="left")
-    omitted = [f"{name} ({study.twins[name]}, within {far:.1%})" for name, far in distances.items() if far is not None]
+    omitted = [
+        f"{name} (as {study.twins[name]}; never further off than {far:.0%})"
+        for name, far in distances.items()
+        if far is not None
+    ]
     if omitted:
-        caption = f"Not drawn, for step by step they lie on the line of the same function: {', '.join(omitted)}."
+        caption = (
+            f"Not drawn, for they compute the function of one that is drawn and differ in rounding alone: {', '.join(omitted)}."
+        )
         figure.supxlabel(textwrap.fill(caption, int(13 * width)), x=0.01, ha="left", fontsize=10)
     return figure
 

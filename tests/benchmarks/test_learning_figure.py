@@ -35,8 +35,8 @@ def test_methods_of_anothers_function_are_not_drawn_but_named(records):
     figure = draw(study)
     assert names(figure) == set(METHODS) - set(TWINS)
     caption = " ".join(figure.get_supxlabel().split())
-    assert "miss (bone, within 2.0%)" in caption
-    assert all(f"{name} ({origin}, within" in caption for name, origin in TWINS.items())
+    assert "miss (as bone; never further off than 2%)" in caption
+    assert all(f"{name} (as {origin}; never" in caption for name, origin in TWINS.items())
 
 
 def test_distance_compares_shared_seeds_alone(records):
