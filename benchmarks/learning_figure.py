@@ -51,7 +51,7 @@ def draw(study: Study, seconds: dict[str, float] | None = None) -> Figure:
         caption = (
             f"Not drawn, for they compute the function of one that is drawn and differ in rounding alone: {', '.join(omitted)}."
         )
-        figure.supxlabel(textwrap.fill(caption, int(13 * width)), x=0.01, ha="left", fontsize=10)
+        figure.supxlabel(textwrap.fill(caption, int(13 * width), break_on_hyphens=False), x=0.01, ha="left", fontsize=10)
     return figure
 
 
