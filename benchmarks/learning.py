@@ -13,7 +13,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, MissConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, MissConfig, PeftConfig, TaskType, get_peft_model
 from transformers import set_seed
 
+from benchmarks import machine
 from benchmarks.timing import interleaved
 from bonetune import BoneConfig
 from bonetune.data import Encoded, RowFormat, collate, encode_rows, reasoning_problems
@@ -59,7 +59,7 @@ class Method:
 
 
 def _bone(variant: str, r: int = 64, **more: Any) -> Callable[[], PeftConfig]:
-    return lambda: BoneConfig(r=r, variant=variant, **more, target_modules="all-linear", task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]  (an enum whose members are texts)
+    return lambda: BoneConfig(r=r, variant=variant, **more, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
 
 
 def _lora(init: bool | str) -> Callable[[], PeftConfig]:
@@ -69,7 +69,7 @@ def _lora(init: bool | str) -> Callable[[], PeftConfig]:
         lora_alpha=33,
         init_lora_weights=init,  # pyright: ignore[reportArgumentType]  (a closed list of texts)
         target_modules="all-linear",
-        task_type="CAUSAL_LM",  # pyright: ignore[reportArgumentType]  (an enum whose members are texts)
+        task_type=TaskType.CAUSAL_LM,
     )
 
 
@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {
     "bat-exact": Method(_bone("bat", exact_update=True), same_function_as="bat"),
     "bat-row-exact": Method(_bone("bat-row", exact_update=True), same_function_as="bat-row"),
     "miss": Method(
-        lambda: MissConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"),  # pyright: ignore[reportArgumentType]  (as above)
+        lambda: MissConfig(r=64, target_modules="all-linear", task_type=TaskType.CAUSAL_LM),
         same_function_as="bone",
     ),
 }
@@ -164,12 +164,14 @@ def train_and_examine(run: Run) -> dict[str, Any]:
     record: dict[str, Any] = {
         "parameters": sum(p.numel() for p in training.trainable),
         "training_losses": losses,
-        "validation_loss": _mean_loss(_item_losses(model, tokenizer, _unseen(VALIDATION_OFFSET, run.seed, seen))),
-        "commit": _commit(),
+        "validation_loss": _mean_loss(
+            _item_losses(model, tokenizer, _unseen(VALIDATION_SIZE, VALIDATION_OFFSET, run.seed, seen))
+        ),
+        "commit": machine.commit(),
         "torch": torch.__version__,
     }
     if run.seed != SWEEP_SEED:
-        test = _unseen(TEST_OFFSET, run.seed, seen)
+        test = _unseen(TEST_SIZE, TEST_OFFSET, run.seed, seen)
         items = _item_losses(model, tokenizer, test)
         answers = generate(model, tokenizer, [row["prompt"] for row in test], max_new_tokens=48, batch_size=TEST_SIZE)
         correct = [answer.strip() == row["completion"].strip() for answer, row in zip(answers, test, strict=True)]
@@ -221,8 +223,7 @@ def _rows(size: int, seed: int) -> list[dict[str, str]]:
     return [{"prompt": PROMPT.format(question.rpartition(": ")[2]), "completion": f" {answer}"} for question, answer in pairs]
 
 
-def _unseen(offset: int, seed: int, seen: set[str]) -> list[dict[str, str]]:
-    size = VALIDATION_SIZE if offset == VALIDATION_OFFSET else TEST_SIZE
+def _unseen(size: int, offset: int, seed: int, seen: set[str]) -> list[dict[str, str]]:
     return [row for row in _rows(size, seed * SEED_SPACING + offset) if row["prompt"] not in seen]
 
 
@@ -250,10 +251,6 @@ def _item_losses(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> list
 
 def _mean_loss(items: list[dict[str, Any]]) -> float:
     return sum(item["loss"] for item in items) / sum(item["tokens"] for item in items)
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _shown(record: dict[str, Any], key: str) -> str:

@@ -24,6 +24,7 @@ from benchmarks.learning_statistics import (
     read_records,
     select,
 )
+from benchmarks.results import markdown
 from bonetune.errors import InputError
 from bonetune.evaluation import Proportion, sign_test
 from bonetune.files import write_text
@@ -133,7 +134,7 @@ def sweep_table(study: Study) -> str:
         shown = "diverged" if record.diverged else f"{record.validation_loss:.4f}"
         return f"**{shown}**" if rate == study.rates.get(name) else shown
 
-    return _table(["method", *map(rate_text, rates)], [[name, *(cell(name, rate) for rate in rates)] for name in swept])
+    return markdown(["method", *map(rate_text, rates)], [[name, *(cell(name, rate) for rate in rates)] for name in swept])
 
 
 def main_table(study: Study, seconds: dict[str, float] | None = None) -> str:
@@ -152,7 +153,7 @@ def main_table(study: Study, seconds: dict[str, float] | None = None) -> str:
         if seconds is not None:
             row += [f"{STEPS * seconds[name]:.1f}" if name in seconds else NONE]
         rows.append([*row, f"{len(runs)} of {len(study.seeds)}"])
-    return _table(header, rows)
+    return markdown(header, rows)
 
 
 def parameters_sentence(study: Study, reference: str = "bone") -> str:
@@ -178,7 +179,7 @@ def loss_table(study: Study, reference: str) -> str:
     rows = [
         _difference_row(name, loss_difference(study.counting[name], study.counting[reference]), "{:+z.4f}") for name in shared
     ]
-    return _table(["method", "test loss", "95%, t over seeds", "by seed", "95%, bootstrap"], rows)
+    return markdown(["method", "test loss", "95%, t over seeds", "by seed", "95%, bootstrap"], rows)
 
 
 def exact_table(study: Study, reference: str) -> str:
@@ -191,7 +192,7 @@ def exact_table(study: Study, reference: str) -> str:
         row = _difference_row(name, exact_difference(method, other), "{:+z.1f}", 100)
         rows.append([*row, f"{gained} : {lost}", f"{sign_test(before, after):.2g}"])
     header = ["method", "exact match, points", "95%, t over seeds", "by seed", "95%, bootstrap"]
-    return _table([*header, f"only it : only {reference}", "McNemar p"], rows)
+    return markdown([*header, f"only it : only {reference}", "McNemar p"], rows)
 
 
 def control_sentence(study: Study, name: str, origin: str) -> str:
@@ -232,14 +233,6 @@ def _number(value: float, form: str) -> str:
 
 def _interval(interval: tuple[float, float] | None, form: str, unit: float) -> str:
     return NONE if interval is None else "[{}, {}]".format(*(form.format(unit * bound) for bound in interval))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
 
 
 if __name__ == "__main__":

@@ -16,11 +16,16 @@ def record() -> dict[str, Any]:
     """For JSON: `bonetune.diagnostics.environment` and what a benchmark needs besides."""
     return environment() | {
         "processor_model": _processor_model(),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "dirty": bool(_git("status", "--porcelain")),
         "allocator": allocator.current() or "default",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def commit() -> str:
+    """The checkout's commit, short; empty outside a checkout."""
+    return _git("rev-parse", "--short", "HEAD")
 
 
 def line(facts: dict[str, Any]) -> str:

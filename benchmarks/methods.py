@@ -1,7 +1,7 @@
 """The rows of the tables: PEFT's methods and this package's variants at r = 64, as the parts of the benchmark share them."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,11 +50,8 @@ METHODS: dict[str, Method] = {
     "miss (PEFT)": Method("bone", _miss),
     "bat (PEFT)": Method("bat", _peft_bat),
     **{variant: Method(variant, _bone(variant)) for variant in VARIANTS},
+    **{f"{variant} exact": Method(f"{variant} exact", _bone(variant, exact_update=True)) for variant in ("bat", "bat-row")},
 }
-if any(field.name == "exact_update" for field in fields(BoneConfig)):
-    METHODS |= {
-        f"{variant} exact": Method(f"{variant} exact", _bone(variant, exact_update=True)) for variant in ("bat", "bat-row")
-    }
 METHODS |= {
     f"{name} bf16": Method(METHODS[name].formula, METHODS[name].config, narrow=True)
     for name in ("lora", "miss (PEFT)", "bat (PEFT)", "bone", "bat-row", "bat")

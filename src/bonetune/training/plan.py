@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model
+from peft import TaskType, get_peft_model
 from transformers import set_seed
 
 from bonetune.data import Encoded, Lengths, RowFormat, encode_rows, read_rows
@@ -119,7 +119,7 @@ def adapter_config(config: RunConfig) -> BoneConfig:
         bias=config.bias,
         layers_to_transform=None if config.layers_to_transform is None else list(config.layers_to_transform),
         modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
-        task_type="CAUSAL_LM",  # pyright: ignore[reportArgumentType]  (an enum whose members are texts)
+        task_type=TaskType.CAUSAL_LM,
     )
 
 
