@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint types bench clean
+.PHONY: demo test test-slow lint types api bench canary clean
 
 demo: $(READY)
 	$(BIN)/bonetune demo --overwrite
@@ -22,11 +22,17 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+api: $(READY)
+	$(BIN)/python docs/make_api.py
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
+canary:
+	PYTHON=$(PYTHON) .ci/canary $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache bonetune-demo src/*.egg-info
+	rm -rf $(VENV) .venv-canary build dist .pytest_cache .ruff_cache bonetune-demo src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: a constraint that the index satisfies with a CPU build keeps pip from looking further

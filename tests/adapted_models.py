@@ -4,7 +4,8 @@ import torch
 from conftest import llama
 from peft import get_peft_model
 
-from bonetune import BoneConfig
+from bonetune import BoneConfig, BoneLayer
+from bonetune.ops import Update, merge
 
 IDS = torch.arange(2, 26).reshape(2, 12)
 
@@ -29,3 +30,19 @@ def adapted(variant="bone", base=None, **changes):
 def logits(model):
     with torch.no_grad():
         return model(IDS).logits
+
+
+@torch.no_grad()
+def by_the_equations(model, adapters):
+    """A plain model with W' in place of W, from `ops.merge` in float64."""
+    plain = base_model()
+    for name, layer in model.named_modules():
+        if isinstance(layer, BoneLayer):
+            updates = [Update(layer.bone_block[a].double(), layer.bone_spec[a]) for a in adapters if a in layer.bone_block]
+            target = plain.get_submodule(name.removeprefix("base_model.model."))
+            target.weight.copy_(merge(target.weight, updates))
+    return plain
+
+
+def assert_follows_the_equations(model, adapters=("default",)):
+    torch.testing.assert_close(logits(model), logits(by_the_equations(model, adapters)))

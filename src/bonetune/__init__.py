@@ -8,9 +8,19 @@ first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bonetune.errors import AdapterFileError, BonetuneError, InputError, SpecError
+from bonetune.errors import AdapterFileError, BonetuneError, InputError, RunError, SpecError, TargetError
 from bonetune.spec import VARIANTS, ShardSpec
-from bonetune.tuner import BoneConfig, BoneLayer, BoneLinear, BoneModel, accelerate_miss, register
+from bonetune.tuner import (
+    BoneConfig,
+    BoneConv,
+    BoneEmbedding,
+    BoneLayer,
+    BoneLinear,
+    BoneModel,
+    accelerate_miss,
+    hotswap_adapter,
+    register,
+)
 
 if TYPE_CHECKING:
     from bonetune.demonstration import demo
@@ -27,17 +37,22 @@ __all__ = [
     "VARIANTS",
     "AdapterFileError",
     "BoneConfig",
+    "BoneConv",
+    "BoneEmbedding",
     "BoneLayer",
     "BoneLinear",
     "BoneModel",
     "BonetuneError",
     "InputError",
+    "RunError",
     "ShardSpec",
     "SpecError",
+    "TargetError",
     "accelerate_miss",
     "demo",
     "environment",
     "evaluate",
+    "hotswap_adapter",
     "merge",
     "train",
 ]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bonetune.ops import Update, adapted_linear, apply, column
+from bonetune.ops import Update, adapted_linear, apply, column, shards
 from bonetune.spec import VARIANTS, ShardSpec
 
 BLOCKWISE = [v for v in VARIANTS if v not in ("bone", "mini")]
@@ -17,6 +17,7 @@ class Frozen:
     """The smallest frozen layer: what `adapted_linear` needs, nothing else."""
 
     plain = False
+    stored = True
 
     def __init__(self, weight, bias=None):
         self._weight, self.bias = weight, bias
@@ -43,7 +44,8 @@ class Plain(Frozen):
 def layers_for(updates):
     """The kinds of frozen layers to try; one that must not be called only where the updates can do without."""
     alone = {"bone": 0, "mini": 0, "bat-row": 0, "bat-free": 0, "bat-left": 1, "bat": 2}
-    together = len({alone[u.spec.variant] for u in updates}) == 1 and all(u.dropout is None for u in updates)
+    alike = len({alone[u.spec.variant] for u in updates}) == 1
+    together = alike and all(u.dropout is None and u.rows is None for u in updates)
     return [Frozen, Plain] if together else [Frozen]
 
 
@@ -350,3 +352,49 @@ def test_autocast_that_sums_in_float32(variant, layer, n):
     expected = apply(x, W, updates, bias)
     for got, want in zip(gradients(y, x, updates), gradients(expected, x, updates), strict=True):
         assert torch.linalg.norm(got.float() - want) <= 1.5e-2 * torch.linalg.norm(want)
+
+
+@pytest.mark.parametrize("first", VARIANTS)
+@pytest.mark.parametrize("second", VARIANTS)
+def test_rows_of_a_batch_with_adapters_of_their_own(first, second):
+    """Row 0 has no adapter, 1 and 4 the first, 2 the second, 3 both."""
+    W, bias, x, (one, two) = make([first, second], 12, 8, 4, 3, n=(5, 3))
+    updates = [one._replace(rows=torch.tensor([1, 3, 4])), two._replace(rows=torch.tensor([3, 2]))]
+    assert_equals_reference(W, bias, x, updates)
+
+
+def test_a_mixed_batch_makes_each_shard_sum_and_the_frozen_product_once(monkeypatch):
+    W, bias, x, updates = make(["bone", "mini", "bone"], 12, 8, 4, 3, n=(3, 2))
+    updates = [u._replace(rows=torch.tensor([i])) for i, u in enumerate(updates)]
+    sums, products = [], []
+    monkeypatch.setattr(shards, "shard_sum", lambda v, r: sums.append(v.shape) or v.unflatten(-1, (-1, r)).sum(-2))
+
+    class Counted(Frozen):
+        def __call__(self, x):
+            products.append(x.shape)
+            return super().__call__(x)
+
+    adapted_linear(Counted(W, bias), x, updates)
+    assert sums == [x.shape]
+    assert products == [x.shape]
+
+
+def test_a_weight_that_is_made_anew_is_not_kept():
+    """A quantized or sharded weight: `bat` asks for it again in backward."""
+
+    class Made(Frozen):
+        stored = False
+        times = 0
+
+        def weight(self):
+            self.times += 1
+            return self._weight.clone()
+
+    W, bias, x, updates = make(["bat"], 12, 8, 4, 3)
+    kept, layer = [], Made(W, bias)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        y = adapted_linear(layer, x, updates)
+    assert W.shape not in kept
+    assert layer.times == 1
+    torch.testing.assert_close(gradients(y, x, updates), gradients(apply(x, W, updates, bias), x, updates))
+    assert layer.times == 2

@@ -73,14 +73,14 @@ def test_unmerge_inverts_merge(variant):
     W, theta, spec = random_case(variant, 12, 8, 4, 3)
     merged = merge(W, [Update(theta, spec, scale=0.7)])
     assert (merged - W).abs().max() > 0.1
-    torch.testing.assert_close(unmerge(merged, theta, spec, scale=0.7), W, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(unmerge(merged, [Update(theta, spec, scale=0.7)]), W, rtol=1e-10, atol=1e-10)
 
 
 def test_unmerge_of_a_singular_update_raises():
     W, _, spec = random_case("bat", 8, 8, 4, 1)
     theta = -torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
     with pytest.raises(torch.linalg.LinAlgError):
-        unmerge(merge(W, [Update(theta, spec)]), theta, spec)
+        unmerge(merge(W, [Update(theta, spec)]), [Update(theta, spec)])
 
 
 def test_several_updates_add_in_any_order_each_from_the_frozen_weight():
@@ -130,3 +130,36 @@ def test_a_tensor_of_another_shape_is_refused(variant):
 def test_bat_refuses_ragged_weights(variant):
     with pytest.raises(SpecError, match=r"r=4 does not divide"):
         delta(torch.zeros(12, 10), torch.zeros(3, 4, 4), ShardSpec(variant, 4))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_leading_dimensions_number_weights_that_have_tensors_of_their_own(variant):
+    cases = [random_case(variant, 12, 8, 4, 3, seed=seed) for seed in range(3)]
+    W, theta, spec = torch.stack([w for w, _, _ in cases]), torch.stack([t for _, t, _ in cases]), cases[0][2]
+    torch.testing.assert_close(delta(W, theta, spec), torch.stack([delta(w, t, s) for w, t, s in cases]))
+    update = Update(theta, spec, scale=0.7)
+    torch.testing.assert_close(unmerge(merge(W, [update]), [update]), W, rtol=1e-9, atol=1e-9)
+
+
+def test_unmerge_of_several_updates():
+    """Any number of bone and mini together with BAT updates of one variant and r."""
+    for variant in BLOCKWISE:
+        cases = [random_case(v, 12, 8, 4, 3, seed=seed) for seed, v in enumerate(["bone", variant, "mini", variant])]
+        W, updates = cases[0][0], [Update(theta, spec, scale=0.3 + i / 10) for i, (_, theta, spec) in enumerate(cases)]
+        torch.testing.assert_close(unmerge(merge(W, updates), updates), W, rtol=1e-9, atol=1e-9)
+
+
+def test_unmerge_refuses_bat_updates_of_different_kinds():
+    W, row, spec = random_case("bat-row", 12, 8, 4, 3)
+    _, free, other = random_case("bat-free", 12, 8, 4, 3)
+    with pytest.raises(ValueError, match=r"different kinds: bat-row \(r=4\), bat-free \(r=4\)"):
+        unmerge(W, [Update(row, spec), Update(free, other)])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_update_may_be_for_some_rows_of_the_batch(variant):
+    W, theta, spec = random_case(variant, 12, 8, 4, 3)
+    x, rows = torch.randn(4, 5, 8, dtype=torch.float64), torch.tensor([3, 1])
+    y = apply(x, W, [Update(theta, spec, rows=rows)])
+    torch.testing.assert_close(y[rows], apply(x[rows], W, [Update(theta, spec)]))
+    torch.testing.assert_close(y[[0, 2]], x[[0, 2]] @ W.T)

@@ -1,7 +1,8 @@
-"""Run under PEFT 0.18.1, the last release with a Bone of its own: `python peft_018.py write|read FOLDER`.
+"""Run under PEFT 0.18.1, the last release with a Bone of its own: `python peft_018.py write|read|faults FOLDER`.
 
-`write` leaves adapters with their inputs and outputs for bonetune to reproduce; `read` loads adapters that bonetune wrote.
-Needs torch, peft and safetensors alone, so that both environments can import it.
+`write` leaves adapters with their inputs and outputs for bonetune to reproduce; `read` loads adapters that bonetune wrote;
+`faults` shows what was wrong in it and is right in bonetune. Needs torch, peft and safetensors alone, so that both
+environments can import it.
 """
 
 import sys
@@ -52,10 +53,33 @@ def save(model, name, folder):
     save_file({"y": model.eval()(inputs(name))}, folder / f"{name}.safetensors")
 
 
+def show_faults(peft):
+    """A refused merge that has changed the weight; an r that is accepted and fails at the merge."""
+    model = peft.get_peft_model(network("bone-ragged"), peft.BoneConfig(r=4, target_modules=["first"]))
+    first = model.base_model.model.first
+    first.bone_block["default"].data[0, 0] = torch.nan
+    try:
+        model.merge_adapter(safe_merge=True)
+    except ValueError:
+        assert first.base_layer.weight.isnan().any()
+    else:
+        raise AssertionError("safe_merge took NaN")
+    model = peft.get_peft_model(network("bone"), peft.BoneConfig(r=30, target_modules=["first"]))
+    try:
+        model.merge_adapter()
+    except RuntimeError:  # of shapes
+        pass
+    else:
+        raise AssertionError("r=30 was merged into 24 columns")
+
+
 def main(mode, folder):
     import peft
 
     assert peft.__version__ == "0.18.1", peft.__version__
+    if mode == "faults":
+        show_faults(peft)
+        return
     for name, (_, r, init) in CASES.items():
         if not (folder / name).exists() and mode == "read":
             continue

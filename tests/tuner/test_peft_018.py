@@ -64,3 +64,8 @@ def test_0_18_stops_at_what_it_would_misread(old_peft, tmp_path, variant):
     save(model, "bat", tmp_path)
     with pytest.raises(AssertionError, match="size mismatch"):
         old_peft("read", tmp_path)
+
+
+def test_faults_that_are_right_here(old_peft, tmp_path):
+    """`test_faults_of_miss.py` has the same cases for this package."""
+    old_peft("faults", tmp_path)

@@ -8,7 +8,7 @@ y_a = sum_b (x_b + x_b B[a]^T) W[a,b]^T + s B[a]^T.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,20 @@ from bonetune.ops.shards import few, product, rows, scaled, shard_sum
 SCRATCH_ELEMENTS = 1 << 24
 
 
-def column_product(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence[Update], *, with_weight: bool = True) -> Tensor:
-    """x (c W + sum_k scale_k (W[a,b] B_k[a] + B_k[a]))^T + bias, c = 1 if `with_weight` else 0. x (..., in) -> (..., out)."""
+def column_product(
+    x: Tensor,
+    weight: Tensor | Callable[[], Tensor],
+    bias: Tensor | None,
+    updates: Sequence[Update],
+    *,
+    with_weight: bool = True,
+) -> Tensor:
+    """x (c W + sum_k scale_k (W[a,b] B_k[a] + B_k[a]))^T + bias, c = 1 if `with_weight` else 0. x (..., in) -> (..., out).
+
+    `weight` is W (out, in), or a function that makes it: of a quantized or sharded weight, which is then made again in
+    backward instead of being kept.
+    """
+    again, W = (None, weight) if isinstance(weight, Tensor) else (weight, weight())
     exact = any(u.exact for u in updates)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *(u.theta for u in updates)))
     v, out = rows(x), W.shape[0]
@@ -31,7 +43,7 @@ def column_product(x: Tensor, W: Tensor, bias: Tensor | None, updates: Sequence[
         y = _few_rows(v, W, updates[0], bias, with_weight)
     else:
         scales = tuple(u.scale for u in updates)
-        y = _ColumnProduct.apply(v, W, bias, with_weight, exact, scales, *(u.theta for u in updates))
+        y = _ColumnProduct.apply(v, W, again, bias, with_weight, exact, scales, *(u.theta for u in updates))
     return y.view(*x.shape[:-1], out)
 
 
@@ -63,14 +75,15 @@ class _ColumnProduct(torch.autograd.Function):
         ctx: Any,
         v: Tensor,
         W: Tensor,
+        again: Callable[[], Tensor] | None,
         bias: Tensor | None,
         with_weight: bool,
         exact: bool,
         scales: tuple[float, ...],
         *thetas: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(v, W, *thetas)
-        ctx.with_weight, ctx.scales = with_weight, scales
+        ctx.save_for_backward(v, W if again is None else None, *thetas)
+        ctx.again, ctx.with_weight, ctx.scales = again, with_weight, scales
         y = v.new_empty(len(v), len(W))
         for band in _bands(W, thetas):
             matrix = _transformed(W, band, with_weight and not exact, scales, thetas).to(v.dtype).T
@@ -86,7 +99,8 @@ class _ColumnProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         v, W, *thetas = ctx.saved_tensors
-        needs_x, needs_w, _, _, _, _, *needs_theta = ctx.needs_input_grad
+        W = W if ctx.again is None else ctx.again()
+        needs_x, needs_w, _, _, _, _, _, *needs_theta = ctx.needs_input_grad
         dy = rows(dy)
         dx: Tensor | None = None
         dW = torch.empty_like(W) if needs_w else None
@@ -109,7 +123,7 @@ class _ColumnProduct(torch.autograd.Function):
                     dB[blocks] = scaled(gradient, scale, B.dtype)
                 if dW is not None:
                     dW[band] += (wide @ scaled(B[blocks], scale, W.dtype).mT).view(dW[band].shape)
-        return None if dx is None else dx.to(v.dtype), dW, None, None, None, None, *dthetas
+        return None if dx is None else dx.to(v.dtype), dW, None, None, None, None, None, *dthetas
 
 
 def _bands(W: Tensor, thetas: Sequence[Tensor]) -> list[slice]:

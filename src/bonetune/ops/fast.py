@@ -11,8 +11,9 @@ With y = x W'^T, dy given, s = sum_b x_b (n, r), tile_b(t) a copy of t (n, r) in
 
 Two ways lead there. `bonetune.ops.fused` computes the frozen product itself and adds to it where it accumulates: for a
 plain Linear. Here the frozen layer is called, and what it returns is updated: for quantized, sharded and hooked layers, for
-dropout, and for adapters of several kinds at once. Products run in the dtype of x (the autocast dtype under autocast) with
-the accumulation of the library's matrix products; trainable tensors keep their own dtype and receive gradients in it.
+dropout, for adapters of several kinds at once, and for batches of which each row has its own adapter. Products run in the
+dtype of x (the autocast dtype under autocast) with the accumulation of the library's matrix products; trainable tensors
+keep their own dtype and receive gradients in it.
 """
 
 import functools
@@ -27,6 +28,7 @@ from bonetune.ops.column import column_product
 from bonetune.ops.fused import input_or_shared, output_transform
 from bonetune.ops.reference import Update
 from bonetune.ops.shards import (
+    ShardSums,
     block_product,
     block_product_backward,
     product,
@@ -56,7 +58,12 @@ class FrozenLinear(Protocol):
         ...
 
     def weight(self) -> Tensor:
-        """W (out, in), dequantized if need be. Only `bat` asks for it."""
+        """W (out, in), dequantized or gathered if need be. Only `bat` asks for it."""
+        ...
+
+    @property
+    def stored(self) -> bool:
+        """Whether `weight` is the layer's own tensor, so that keeping it for backward costs nothing."""
         ...
 
     @property
@@ -71,15 +78,16 @@ class FrozenLinear(Protocol):
 def adapted_linear(frozen: FrozenLinear, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """y = x W^T + bias + sum_k dropout_k(x) (scale_k * Delta_k(W))^T for any mix of variants; each Delta of the frozen W.
 
-    x (..., in) -> y (..., out), in the dtype that the frozen layer returns for x. Same function as
-    `bonetune.ops.reference.apply`.
+    x (..., in) -> y (..., out), in the dtype that the frozen layer returns for x; each update to its own rows. Same function
+    as `bonetune.ops.reference.apply`.
     """
     if not updates:
         return frozen(x)
     autocast = torch.is_autocast_enabled(x.device.type)
     x = _autocast(x) if autocast else x
     fused = _FUSED[updates[0].spec.variant]
-    if not frozen.plain or any(u.dropout is not None or _FUSED[u.spec.variant] is not fused for u in updates):
+    alike = all(u.dropout is None and u.rows is None and _FUSED[u.spec.variant] is fused for u in updates)
+    if not (frozen.plain and alike):
         return _around(frozen, x, updates)
     W, bias = frozen.weight(), frozen.bias
     if autocast:
@@ -95,28 +103,37 @@ def _around(frozen: FrozenLinear, x: Tensor, updates: Sequence[Update]) -> Tenso
     would cost a product here and change nothing.
     """
     of = {kind: [u for u in updates if u.spec.variant in kind] for kind in (_SHARED, _INPUT, _OUTPUT, _COLUMN)}
-    inputs = [(u, _BlockProduct.apply(_dropped(u, x), u.theta, u.scale, True)) for u in of[_INPUT]]
+    sums = ShardSums(x)
+    inputs = [(u, _BlockProduct.apply(u.entering(x), u.theta, u.scale, True)) for u in of[_INPUT]]
     if of[_OUTPUT] or of[_COLUMN]:
         # these need the product without the bias, and without what other adapters add to x
         y = base = frozen.product(x)
         if inputs:
-            y = y + frozen.product(_sum(z for _, z in inputs))
+            y = y + frozen.product(_with_changes(torch.zeros_like(x), inputs))
         for u in of[_OUTPUT]:
-            dropped = _dropped(u, x)
-            y0 = base if dropped is x else frozen.product(dropped)
-            transformed = y0 + _tiled(shard_sum(dropped, u.spec.r), y0.shape[-1])
-            y = y + _BlockProduct.apply(transformed, u.theta, u.scale, False)
+            if u.dropout is None:
+                y0, s = u.selected(base), u.selected(sums[u.spec.r])
+            else:
+                dropped = u.entering(x)
+                y0, s = frozen.product(dropped), shard_sum(dropped, u.spec.r)
+            transformed = y0 + _tiled(s, y0.shape[-1])
+            y = u.added_to(y, _BlockProduct.apply(transformed, u.theta, u.scale, False))
         for u in of[_COLUMN]:
-            y = y + column_product(_dropped(u, x), frozen.weight(), None, [u], with_weight=False)
+            weight = frozen.weight() if frozen.stored else frozen.weight
+            y = u.added_to(y, column_product(u.entering(x), weight, None, [u], with_weight=False))
         if frozen.bias is not None:
             y = y + frozen.bias.to(y.dtype)
     else:
-        y = frozen(_sum([x, *(z for _, z in inputs)]))
+        y = frozen(_with_changes(x, inputs))
     for u, z in inputs:
-        y = y + _tiled(shard_sum(z, u.spec.r), y.shape[-1])
+        y = u.added_to(y, _tiled(shard_sum(z, u.spec.r), y.shape[-1]))
     for u in of[_SHARED]:
-        narrow = _SharedProduct.apply(shard_sum(_dropped(u, x), u.spec.r), u.theta, u.scale)
-        y.unflatten(-1, (-1, narrow.shape[-1])).add_(narrow.unsqueeze(-2))
+        s = u.selected(sums[u.spec.r]) if u.dropout is None else shard_sum(u.entering(x), u.spec.r)
+        narrow = _SharedProduct.apply(s, u.theta, u.scale)
+        if u.rows is None:
+            y.unflatten(-1, (-1, narrow.shape[-1])).add_(narrow.unsqueeze(-2))
+        else:
+            y.index_add_(0, u.rows, _tiled(narrow, y.shape[-1]).to(y.dtype))
     return y
 
 
@@ -158,17 +175,13 @@ class _BlockProduct(torch.autograd.Function):
         return None if dv is None else dv.view(v.shape), dB, None, None
 
 
-def _sum(terms: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, terms)
+def _with_changes(x: Tensor, changes: Iterable[tuple[Update, Tensor]]) -> Tensor:
+    return functools.reduce(lambda total, change: change[0].added_to(total, change[1]), changes, x)
 
 
 def _tiled(t: Tensor, features: int) -> Tensor:
     """(..., r) -> (..., features): t in every shard."""
     return t.repeat(*[1] * (t.dim() - 1), features // t.shape[-1])
-
-
-def _dropped(update: Update, x: Tensor) -> Tensor:
-    return x if update.dropout is None else update.dropout(x)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from bonetune.ops.reference import Update
 from bonetune.ops.shards import (
+    ShardSums,
     add_to_every_shard_,
     block_product,
     block_product_backward,
@@ -55,7 +56,7 @@ def _input_or_shared(
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Y (n, out) and the shard sums of x that were used, by r."""
     v, out = rows(x), W.shape[0]
-    sums, y = _ShardSums(v), bias
+    sums, y = ShardSums(v), bias
     # z W^T = x (W B)^T: of x and W the one with fewer rows is transformed
     by_weight = v.shape[0] > out
     frozen = rows(W) if by_weight else v
@@ -95,7 +96,7 @@ class _InputOrShared(torch.autograd.Function):
         x, W, *saved = ctx.saved_tensors
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         sums, thetas, dy = saved[: len(ctx.terms)], saved[len(ctx.terms) :], rows(dy)
-        dy_sums, gradients, tiles = _ShardSums(dy), [], []
+        dy_sums, gradients, tiles = ShardSums(dy), [], []
         G: Any = dy @ W if needs_x or x is not None else None
         v: Any = None if x is None else rows(x)
         transforms = sum(spec.blockwise for spec, _, _ in ctx.terms)
@@ -165,18 +166,6 @@ class _OutputTransform(torch.autograd.Function):
                 add_to_every_shard_(dx, t)
             dx = dx.view(ctx.shape)
         return dx, None, None, None, *gradients
-
-
-class _ShardSums(dict[int, Tensor]):
-    """Shard sums of one matrix by r, each computed when it is first asked for."""
-
-    def __init__(self, v: Tensor) -> None:
-        super().__init__()
-        self.v = v
-
-    def __missing__(self, r: int) -> Tensor:
-        self[r] = shard_sum(self.v, r)
-        return self[r]
 
 
 def _with_tiles(y: Tensor | None, t: Tensor, features: int) -> Tensor:

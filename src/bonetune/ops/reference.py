@@ -24,6 +24,8 @@ class Update(NamedTuple):
         dropout: applied to what enters the update, never to what enters the frozen weight.
         exact: whether a BAT update multiplies on its own instead of being rounded together with what it is added to. In
             exact arithmetic there is no difference; see docs/math.md on precision.
+        rows: the rows of the batch it is for, as indices along the first dimension of x; None is all of them. Merging knows
+            no batch and takes no account of it.
     """
 
     theta: Tensor
@@ -31,43 +33,61 @@ class Update(NamedTuple):
     scale: float = 1.0
     dropout: Callable[[Tensor], Tensor] | None = None
     exact: bool = False
+    rows: Tensor | None = None
+
+    def selected(self, x: Tensor) -> Tensor:
+        """The update's rows of x."""
+        return x if self.rows is None else x.index_select(0, self.rows)
+
+    def entering(self, x: Tensor) -> Tensor:
+        """What of x enters the update: its rows, after its dropout."""
+        selected = self.selected(x)
+        return selected if self.dropout is None else self.dropout(selected)
+
+    def added_to(self, y: Tensor, change: Tensor) -> Tensor:
+        """Y with `change` added to the update's rows: a new tensor, in y's dtype."""
+        change = change.to(y.dtype)
+        return y + change if self.rows is None else y.index_add(0, self.rows, change)
 
 
 def delta(weight: Tensor, theta: Tensor, spec: ShardSpec) -> Tensor:
     """Delta(W) (out, in), in the dtype that `weight` and `theta` promote to.
 
-    Raises `SpecError` where the variant is not defined, `ValueError` if `theta` has another shape than the spec's.
+    Leading dimensions that both have number weights adapted alike, each by a tensor of its own: experts, the offsets of a
+    convolution's kernel. Raises `SpecError` where the variant is not defined, `ValueError` if `theta` has another shape
+    than the spec's.
     """
-    out_features, in_features = weight.shape
+    *leading, out_features, in_features = weight.shape
     spec.check(out_features, in_features)
-    expected = spec.shape(out_features, in_features)
+    expected = (*leading, *spec.shape(out_features, in_features))
     if tuple(theta.shape) != expected:
         raise ValueError(
             f"a {spec.variant} tensor on a weight of {tuple(weight.shape)} has shape {expected}, not {tuple(theta.shape)}"
         )
     r = spec.r
-    if not spec.blockwise:
-        D = theta if spec.variant == "bone" else theta.repeat(1, out_features // spec.mini_r)
-        return D.T.repeat(1, -(-in_features // r))[:, :in_features].to(torch.promote_types(weight.dtype, theta.dtype))
     dtype = torch.promote_types(weight.dtype, theta.dtype)
+    if not spec.blockwise:
+        D = theta.to(dtype)  # (..., r, out or mini_r), a row for each column of a shard
+        D = D.repeat(*[1] * len(leading), -(-in_features // r), out_features // D.shape[-1])
+        return D[..., :in_features, :].mT
     B = theta.to(dtype)
-    W = weight.to(dtype).reshape(out_features // r, r, in_features // r, r)
+    W = weight.to(dtype).reshape(*leading, out_features // r, r, in_features // r, r)
     match spec.variant:
         case "bat":
-            change = torch.einsum("aibk,akj->aibj", W, B) + torch.einsum("aij->aij", B)[:, :, None, :]
+            change = torch.einsum("...aibk,...akj->...aibj", W, B) + B[..., :, :, None, :]
         case "bat-row":
-            change = torch.einsum("aibk,bkj->aibj", W, B) + torch.einsum("bij->ibj", B)[None]
+            change = torch.einsum("...aibk,...bkj->...aibj", W, B) + B.transpose(-3, -2)[..., None, :, :, :]
         case "bat-free":
-            change = torch.einsum("aibk,kj->aibj", W, B[0]) + B[0][None, :, None, :]
+            change = torch.einsum("...aibk,...kj->...aibj", W, B[..., 0, :, :]) + B[..., :, :, None, :]
         case _:
-            change = torch.einsum("aki,akbj->aibj", B, W) + torch.einsum("aji->aij", B)[:, :, None, :]
-    return change.reshape(out_features, in_features)
+            change = torch.einsum("...aki,...akbj->...aibj", B, W) + B.mT[..., :, :, None, :]
+    return change.reshape(weight.shape)
 
 
 def merge(weight: Tensor, updates: Sequence[Update]) -> Tensor:
     """W' = W + sum_k scale_k * Delta_k(W), each Delta of the frozen W, so that the order of adapters is of no account.
 
-    Added in float32 (float64 if W is), rounded once to W's dtype.
+    Added in float32 (float64 if W is), rounded once to W's dtype. Leading dimensions as in `delta`.
     """
     wide = _at_least_float32(weight)
     total = wide.clone()
@@ -76,38 +96,45 @@ def merge(weight: Tensor, updates: Sequence[Update]) -> Tensor:
     return total.to(weight.dtype)
 
 
-def unmerge(merged: Tensor, theta: Tensor, spec: ShardSpec, scale: float = 1.0) -> Tensor:
-    """The W for which `merge(W, [Update(theta, spec, scale)])` is `merged`, by solving the update's equation.
+def unmerge(merged: Tensor, updates: Sequence[Update]) -> Tensor:
+    """The W for which `merge(W, updates)` is `merged`, by solving the updates' equation. Leading dimensions as in `delta`.
 
     Computed in float32 (float64 if `merged` is). Exact only up to that arithmetic and to the rounding of the merge: keep
-    the original weight where every bit matters. Raises `torch.linalg.LinAlgError` where I + scale * B is singular: there
-    the merge has lost information.
+    the original weight where every bit matters. Raises `ValueError` where BAT updates of different variants or r come
+    together, whose equation has no such solution; `torch.linalg.LinAlgError` where I + scale * B is singular: there the
+    merge has lost information.
     """
     wide = _at_least_float32(merged)
-    if not spec.blockwise:
-        return (wide - scale * delta(wide, theta.to(wide.dtype), spec)).to(merged.dtype)
-    out_features, in_features = merged.shape
+    for update in updates:
+        if not update.spec.blockwise:
+            wide = wide - update.scale * delta(wide, update.theta.to(wide.dtype), update.spec)
+    blockwise = [update for update in updates if update.spec.blockwise]
+    if not blockwise:
+        return wide.to(merged.dtype)
+    spec = blockwise[0].spec
+    if any((u.spec.variant, u.spec.r) != (spec.variant, spec.r) for u in blockwise):
+        kinds = ", ".join(f"{u.spec.variant} (r={u.spec.r})" for u in blockwise)
+        raise ValueError(f"Arithmetic cannot undo a merge of BAT adapters of different kinds: {kinds}.")
+    *leading, out_features, in_features = merged.shape
     r = spec.r
-    B = scale * theta.to(wide.dtype)
+    B = sum((u.scale * u.theta.to(wide.dtype) for u in blockwise[1:]), blockwise[0].scale * blockwise[0].theta.to(wide.dtype))
     eye = torch.eye(r, dtype=wide.dtype, device=wide.device)
-    # blocks (out/r, in/r, r, r), so that linalg.solve's batch dimensions are a and b
-    blocks = wide.reshape(out_features // r, r, in_features // r, r).transpose(1, 2)
-    match spec.variant:
-        case "bat-left":
-            left = B.mT[:, None]
-            frozen = torch.linalg.solve(eye + left, blocks - left)
-        case _:
-            right = B[:, None] if spec.variant == "bat" else B[None]
-            frozen = torch.linalg.solve(eye + right, blocks - right, left=False)
-    return frozen.transpose(1, 2).reshape(out_features, in_features).to(merged.dtype)
+    # blocks (..., out/r, in/r, r, r), so that linalg.solve's batch dimensions are a and b
+    blocks = wide.reshape(*leading, out_features // r, r, in_features // r, r).transpose(-3, -2)
+    if spec.variant == "bat-left":
+        left = B.mT[..., :, None, :, :]
+        frozen = torch.linalg.solve(eye + left, blocks - left)
+    else:
+        right = B[..., :, None, :, :] if spec.variant == "bat" else B[..., None, :, :, :]
+        frozen = torch.linalg.solve(eye + right, blocks - right, left=False)
+    return frozen.transpose(-3, -2).reshape(merged.shape).to(merged.dtype)
 
 
 def apply(x: Tensor, weight: Tensor, updates: Sequence[Update], bias: Tensor | None = None) -> Tensor:
-    """Y = x W^T + bias + sum_k dropout_k(x) (scale_k * Delta_k(W))^T, with every matrix written out."""
+    """Y = x W^T + bias + sum_k dropout_k(x) (scale_k * Delta_k(W))^T, each to its rows, with every matrix written out."""
     y = x @ weight.T
     for update in updates:
-        dropped = x if update.dropout is None else update.dropout(x)
-        y = y + dropped @ (update.scale * delta(weight, update.theta, update.spec)).T
+        y = update.added_to(y, update.entering(x) @ (update.scale * delta(weight, update.theta, update.spec)).T)
     return y if bias is None else y + bias
 
 

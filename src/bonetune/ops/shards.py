@@ -28,6 +28,18 @@ def shard_sum(x: Tensor, r: int) -> Tensor:
     return x[..., :-tail].unflatten(-1, (-1, r)).sum(-2, dtype=x.dtype) + torch.nn.functional.pad(x[..., -tail:], (0, r - tail))
 
 
+class ShardSums(dict[int, Tensor]):
+    """Shard sums of one tensor by r, each computed when it is first asked for."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+    def __missing__(self, r: int) -> Tensor:
+        self[r] = shard_sum(self.x, r)
+        return self[r]
+
+
 def add_to_every_shard_(y: Tensor, t: Tensor) -> Tensor:
     """y_b += t for every shard b, in place, a ragged last shard as far as it goes. y (n, m * r), t (n, r)."""
     tail = y.shape[-1] % t.shape[-1]

@@ -15,7 +15,15 @@ Bias = Literal["none", "all", "bone_only"]
 
 # Fields that the last PEFT with a Bone of its own (0.18) does not know. They are written only where they differ from their
 # defaults, so that it reads files of `bone` and `bat` without having to ignore anything but `variant`.
-_NEWER_DEFAULTS: dict[str, Any] = {"mini_r": 1, "bone_dropout": 0.0, "rank_pattern": {}, "exact_update": False}
+_NEWER_DEFAULTS: dict[str, Any] = {
+    "mini_r": 1,
+    "bone_dropout": 0.0,
+    "rank_pattern": {},
+    "exact_update": False,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "ensure_weight_tying": False,
+}
 
 
 @dataclass
@@ -44,6 +52,11 @@ class BoneConfig(PeftConfig):
         layers_pattern: name of the list of layers, if it is an unusual one.
         bias: which biases train: "none", "all" or "bone_only" (those of adapted layers).
         modules_to_save: modules that are trained and saved whole, a classifier's head for instance.
+        target_parameters: names (ends of names) of parameters to adapt that no Linear holds, such as the stacked weights of a
+            mixture's experts: (number, out, in) or (out, in), each matrix with a tensor of its own. Without dropout.
+        trainable_token_indices: ids whose embeddings are trained, or {embedding's name: ids}; the rest of it stays frozen.
+        ensure_weight_tying: where the embedding or the head tied to it is targeted (or in `modules_to_save`), adapt (or save)
+            both by one tensor, so that they stay tied.
 
     Raises:
         InputError: unknown variant, sizes that are not positive integers, unknown `bias`, two different variants named,
@@ -67,6 +80,11 @@ class BoneConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'bone_only'."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to adapt, by ends of names."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Ids whose embeddings are trained."}
+    )
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "Adapt tied embeddings by one tensor."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

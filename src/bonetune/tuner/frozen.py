@@ -3,15 +3,20 @@
 from typing import Any
 
 import torch
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as torch_module
+from transformers.pytorch_utils import Conv1D
 
 _AT_REST = (nn.Parameter, Tensor)
 _NAMES = {"weight", "bias"}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BARE = {nn.Linear, Conv1D, *CONVOLUTIONS}
 
 
 class FrozenBase:
-    """The base layer of a tuner layer during one forward: an `ops.FrozenLinear`.
+    """The base layer of a tuner layer during one forward: an `ops.FrozenLinear`, for a Linear or a `Conv1D` of transformers.
 
     Args:
         layer: the tuner layer.
@@ -34,36 +39,77 @@ class FrozenBase:
 
     def product(self, x: Tensor) -> Tensor:
         if self._bare:
-            return nn.functional.linear(x, self._base.weight)
+            return nn.functional.linear(x, self.weight())
         y = self(x)
         return y if self.bias is None else y - self.bias.to(y.dtype)
 
     def weight(self) -> Tensor:
         if self._bare:
-            return self._base._parameters["weight"]  # the Parameter itself: saving it for backward costs nothing
-        if self._layer.quantization_backend is None:
-            return self._layer.get_base_layer().weight
-        return self._layer.get_base_weight()
+            # the Parameter itself, or a view of it: saving it for backward costs nothing
+            weight = self._base._parameters["weight"]
+            return weight.T if isinstance(self._base, Conv1D) else weight
+        weight = base_weight(self._layer)
+        return weight.T if isinstance(self._layer.get_base_layer(), Conv1D) else weight
+
+    @property
+    def stored(self) -> bool:
+        return _is_at_rest(self._layer.get_base_layer()._parameters.get("weight"))
 
     @property
     def bias(self) -> Tensor | None:
         return self._base._parameters["bias"] if self._bare else self._layer.bias
 
 
+class FrozenConv(FrozenBase):
+    """The base layer of a `BoneConv` during one forward: an `ops.convolution.FrozenConvolution`."""
+
+    __slots__ = ()
+
+    def convolved(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._layer.get_base_layer()._conv_forward(x, kernel.to(x.dtype), bias)
+
+    @property
+    def groups(self) -> int:
+        return self._layer.get_base_layer().groups
+
+
+def base_weight(layer: Any, name: str = "weight") -> Tensor:
+    """The weight under a tuner layer: dequantized, gathered from its shards, or fetched from where it was offloaded to."""
+    if getattr(layer, "quantization_backend", None) is not None:
+        return layer.get_base_weight()
+    base = layer.get_base_layer()
+    weight = getattr(base, name)
+    if isinstance(weight, DTensor):
+        return weight.full_tensor()
+    if hasattr(weight, "ds_id"):
+        with gather_params_ctx(weight):
+            return weight.detach().clone()
+    if weight.device.type == "meta" and (hook := getattr(base, "_hf_hook", None)) is not None and hook.offload:
+        return hook.weights_map[name].to(hook.execution_device)
+    return weight
+
+
 def _is_bare(base: nn.Module) -> bool:
-    """Whether calling `base` is x W^T + bias and nothing else, so that the product may be computed without calling it.
+    """Whether calling `base` is its product and bias and nothing else, so that it may be computed without calling it.
 
     Not so for subclasses (quantized, parametrized, of another tuner), for layers with hooks (offloading, recorders,
     DeepSpeed's gathering), and with a DTensor, another tensor subclass or a sparse tensor for a weight.
     """
-    if type(base) is not nn.Linear or "forward" in base.__dict__:
+    if type(base) not in _BARE or "forward" in base.__dict__:
         return False
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return False
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
     parameters = base._parameters
-    return parameters.keys() == _NAMES and all(
-        p is None or (type(p) in _AT_REST and p.layout is torch.strided and not hasattr(p, "ds_id"))
-        for p in parameters.values()
+    return parameters.keys() == _NAMES and all(p is None or _is_at_rest(p) for p in parameters.values())
+
+
+def _is_at_rest(tensor: Any) -> bool:
+    """Whether a tensor's values lie in it: not quantized, sharded, offloaded or sparse."""
+    return (
+        type(tensor) in _AT_REST
+        and tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and not hasattr(tensor, "ds_id")
     )

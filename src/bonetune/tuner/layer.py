@@ -1,7 +1,8 @@
-"""The adapted Linear: holds the frozen layer and one tensor for each adapter, and calls `bonetune.ops`."""
+"""What all adapted layers have in common: one tensor for each adapter, scaling, merging, batches of several adapters."""
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,18 +10,32 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from bonetune.ops import Update, adapted_linear, delta, merge
+from bonetune.ops import Update, delta, merge, unmerge
 from bonetune.spec import ShardSpec
-from bonetune.tuner.frozen import FrozenBase
+from bonetune.tuner.frozen import base_weight
+from bonetune.tuner.original import Original, put_weight
+
+# What stands in `adapter_names` for a row of the batch that no adapter is for.
+NO_ADAPTER = "__base__"
 
 
-class BoneLayer(BaseTunerLayer):
-    """State of the adapters on one layer: `bone_block[name]` is D or B, `bone_spec[name]` says which."""
+class BoneLayer(nn.Module, BaseTunerLayer):
+    """State of the adapters on one layer: `bone_block[name]` is D or B, `bone_spec[name]` says which.
+
+    Subclasses say which matrices the layer's weight consists of (`matrices`, `as_stored`), and how it is called (`adapted`).
+
+    Args:
+        base_layer: the layer to adapt; it becomes `base_layer`.
+        weight_name: the adapted parameter's name in it.
+        kwargs: what PEFT's `get_quantization_kwargs` found.
+    """
 
     adapter_layer_names = ("bone_block",)
     other_param_names = ("bone_spec", "bone_dropout", "bone_scaling", "bone_exact")
 
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, weight_name: str = "weight", **kwargs: Any) -> None:
+        super().__init__()
+        self.weight_name = weight_name
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
@@ -32,10 +47,41 @@ class BoneLayer(BaseTunerLayer):
         self.bone_exact: dict[str, bool] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # The base weight as it was before merging: what makes unmerging exact. In a list, and so outside any state dict.
-        self._unmerged_weight: list[Tensor] = []
-        frozen = self.get_base_layer()
-        self.in_features, self.out_features = int(frozen.in_features), int(frozen.out_features)  # pyright: ignore[reportArgumentType]  (nn.Module's attributes are untyped)
+        # Whether merging keeps the weight as it was, so that unmerging restores every bit; else it is computed back.
+        self.exact_unmerge = True
+        # The merged updates, of which the base weight is made, and what it was before. Both stay outside any state dict.
+        self._merged_updates: list[Update] = []
+        self._original: list[Original] = []
+        # How far requantization took the last merge from what was merged: root mean squares of that error and of the update.
+        self.requantization: tuple[float, float] | None = None
+        self.out_features, self.in_features = self.sides(self.get_base_layer(), weight_name)
+
+    @classmethod
+    def sides(cls, module: nn.Module, name: str = "weight") -> tuple[int, int]:
+        """(out, in) of each matrix that the weight of such a base layer consists of."""
+        raise NotImplementedError
+
+    def matrices(self, stored: Tensor) -> Tensor:
+        """The stored weight as (out, in), or as (any number, out, in) for matrices that are adapted each by its own tensor."""
+        return stored
+
+    def as_stored(self, matrices: Tensor) -> Tensor:
+        """The inverse of `matrices`."""
+        return matrices
+
+    def adapted(self, x: Tensor, updates: Sequence[Update], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the base layer would return with the updated weight."""
+        raise NotImplementedError
+
+    @property
+    def number_of_matrices(self) -> int | None:
+        """How many matrices `matrices` stacks; None for a single one, which is not stacked."""
+        return None
+
+    def tensor_shape(self, spec: ShardSpec) -> tuple[int, ...]:
+        """Shape of an adapter's tensor on this layer: the spec's, for each of the stacked matrices if there are any."""
+        stacked = () if self.number_of_matrices is None else (self.number_of_matrices,)
+        return (*stacked, *spec.shape(self.out_features, self.in_features))
 
     def update_layer(
         self,
@@ -63,11 +109,11 @@ class BoneLayer(BaseTunerLayer):
             SpecError: the variant cannot be defined on this layer's shape.
         """
         spec.check(self.out_features, self.in_features, where)
-        block = torch.empty(spec.shape(self.out_features, self.in_features))
+        block = torch.empty(self.tensor_shape(spec))
         if zeros:
             nn.init.zeros_(block)
         else:
-            nn.init.kaiming_uniform_(block.flatten(0, -2) if block.dim() == 3 else block, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(block.flatten(0, -2), a=math.sqrt(5))
         self.bone_block[adapter_name] = nn.Parameter(block)
         self.bone_spec[adapter_name] = spec
         self.bone_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -76,53 +122,91 @@ class BoneLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def updates(self, adapter_names: list[str]) -> list[Update]:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The adapted layer; with `adapter_names`, each row of the batch by the adapter named for it."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            updates = self._updates_by_row(x, adapter_names)
+        elif self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        else:
+            updates = self.updates(self.active_adapters)
+        if not updates:
+            return self.base_layer(x, *args, **kwargs)
+        return self.adapted(x, updates, args, kwargs)
+
+    def updates(self, adapter_names: Sequence[str]) -> list[Update]:
         """Those of the named adapters that this layer has, as `bonetune.ops` takes them."""
-        blocks, training = self.bone_block, self.training  # pyright: ignore[reportAttributeAccessIssue]  (`training` comes from nn.Module)
         return [
             Update(
-                blocks[name],
+                self.bone_block[name],
                 self.bone_spec[name],
                 self.bone_scaling[name],
-                self._dropout(name, training),
+                self._dropout(name),
                 self.bone_exact[name],
             )
             for name in adapter_names
-            if name in blocks
+            if name in self.bone_block
         ]
 
-    def _dropout(self, name: str, training: bool) -> nn.Module | None:
-        dropout = self.bone_dropout[name] if training else None
+    def _updates_by_row(self, x: Tensor, adapter_names: Sequence[str]) -> list[Update]:
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters: call `unmerge_adapter` first.")
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "
+                f"{len(x)} respectively."
+            )
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            if name != NO_ADAPTER:
+                rows.setdefault(name, []).append(row)
+        present = [name for name in rows if name in self.bone_block]
+        return [
+            update._replace(rows=torch.tensor(rows[name], device=x.device))
+            for name, update in zip(present, self.updates(present), strict=True)
+        ]
+
+    def _dropout(self, name: str) -> nn.Module | None:
+        dropout = self.bone_dropout[name] if self.training else None
         return dropout if isinstance(dropout, nn.Dropout) else None
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the adapter's update by `scale` instead of 1."""
         if adapter in self.bone_scaling:
-            self.bone_scaling[adapter] = float(scale)
+            self._rescale(adapter, float(scale))
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the updates of the active adapters by `scale`."""
         for name in self.active_adapters:
             if name in self.bone_scaling:
-                self.bone_scaling[name] *= scale
+                self._rescale(name, self.bone_scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo `scale_layer(scale)`; without a scale, go back to 1."""
         for name in self.active_adapters:
             if name in self.bone_scaling:
-                self.bone_scaling[name] = 1.0 if scale is None else self.bone_scaling[name] / scale
+                self._rescale(name, 1.0 if scale is None else self.bone_scaling[name] / scale)
+
+    def _rescale(self, name: str, scale: float) -> None:
+        if name in self.merged_adapters and scale != self.bone_scaling[name]:
+            warnings.warn(f"Adapter {name} is merged at its old scale: the new one counts once it is unmerged.", stacklevel=3)
+        self.bone_scaling[name] = scale
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Scale * Delta(W) of one adapter, (out, in), of the frozen W, in at least float32."""
+        """Scale * Delta(W) of one adapter, of the frozen W and in its shape, in at least float32."""
         with torch.no_grad():
-            weight = self._frozen_weight()
+            weight = self.matrices(self._frozen_weight())
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             theta = self.bone_block[adapter].to(wide.dtype)
-            return self.bone_scaling[adapter] * delta(wide, theta, self.bone_spec[adapter])
+            return self.as_stored(self.bone_scaling[adapter] * delta(wide, theta, self.bone_spec[adapter]))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Every member of the family is W plus an update."""
-        return True
+        """Whether PEFT's `convert_to_lora` can take `get_delta_weight` for a Linear's: every variant is W plus an update."""
+        return False
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -139,61 +223,77 @@ class BoneLayer(BaseTunerLayer):
         if not adapter_names:
             return
         frozen = self._frozen_weight()
-        merged = merge(frozen, self.updates([*self.merged_adapters, *adapter_names]))
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken")
-        if not self._unmerged_weight:
-            self._unmerged_weight = [frozen]
-        self._put_weight(merged)
+        merged = self.merged_weight(adapter_names, safe_merge)
+        if self.exact_unmerge and not self.merged:
+            self._original = [Original(self.get_base_layer(), self.weight_name, frozen)]
+        self._put_weight(merged, frozen)
+        self._merged_updates = self._updates_with_merged(adapter_names)
         self.merged_adapters.extend(adapter_names)
 
     @torch.no_grad()
+    def merged_weight(self, adapter_names: Sequence[str], safe_merge: bool = False) -> Tensor:
+        """The base weight that `merge` would put in place, in its stored shape and dtype; what is merged already counts in.
+
+        Raises:
+            ValueError: as `merge`.
+        """
+        merged = self.as_stored(merge(self.matrices(self._frozen_weight()), self._updates_with_merged(adapter_names)))
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken")
+        return merged
+
+    def can_be_computed_back(self, adapter_names: Sequence[str]) -> bool:
+        """Whether arithmetic could undo their merge: not for BAT adapters of different variants or r."""
+        updates = self._updates_with_merged(adapter_names)
+        return len({(u.spec.variant, u.spec.r) for u in updates if u.spec.blockwise}) <= 1
+
+    def _updates_with_merged(self, adapter_names: Sequence[str]) -> list[Update]:
+        return [*self._merged_updates, *(u._replace(dropout=None) for u in self.updates(adapter_names))]
+
+    @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the base weight back as it was before merging, bit for bit."""
+        """Put the base weight back as it was before merging, bit for bit (unless merged without `exact_unmerge`).
+
+        Raises:
+            ValueError, torch.linalg.LinAlgError: merged without `exact_unmerge`, and arithmetic cannot undo it: BAT adapters of
+                different kinds, or a merge that has lost information. It stays merged.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._put_weight(self._frozen_weight())
-        self._unmerged_weight.clear()
+        if self._original:
+            self._original.pop().restore(self)
+        else:
+            self._put_weight(self._frozen_weight())
+        self._merged_updates = []
         self.merged_adapters.clear()
 
+    def keep_original_on_host(self, shared: set[int]) -> None:
+        """Move what `merge` kept for unmerging to host memory, unless it is one of the `shared` Parameters (by id)."""
+        for original in self._original:
+            if id(original.parameter) not in shared:
+                original.move_to_host()
+
     def _frozen_weight(self) -> Tensor:
-        """The weight without adapters, on the device and in the dtype that the layer has now."""
-        now: Any = self.get_base_layer().weight if self.quantization_backend is None else self.get_base_weight()
-        return self._unmerged_weight[0].to(now.device, now.dtype) if self._unmerged_weight else now
+        """The weight without adapters, as it is stored (dequantized if need be), where and in the dtype in which it is now."""
+        now = base_weight(self, self.weight_name)
+        if self._original:
+            return self._original[0].weight.to(now.device, now.dtype)
+        return self.as_stored(unmerge(self.matrices(now), self._merged_updates)) if self.merged else now
 
-    def _put_weight(self, weight: Tensor) -> None:
-        """Give the base layer another weight; the Parameter it had is not written to.
-
-        It may be tied to another layer's, an embedding's for instance, which a merge must not change. Unmerging puts the very
-        Parameter back, and with it the tie.
-        """
-        if self.quantization_backend is not None:
-            self.set_base_weight(weight)
+    def _put_weight(self, weight: Tensor, frozen: Tensor | None = None) -> None:
+        """Give the base layer another weight, quantized if the layer is; with `frozen`, measure what that costs."""
+        if self.quantization_backend is None:
+            put_weight(self.get_base_layer(), self.weight_name, weight)
             return
-        frozen = self.get_base_layer()
-        if not isinstance(weight, nn.Parameter):
-            weight = nn.Parameter(weight, requires_grad=bool(frozen.weight.requires_grad))  # pyright: ignore[reportAttributeAccessIssue]  (untyped in nn.Module)
-        frozen.weight = weight
-
-
-class BoneLinear(nn.Module, BoneLayer):
-    """A Linear (plain or quantized) with adapters of the Bone family."""
-
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
-        super().__init__()
-        BoneLayer.__init__(self, base_layer, **kwargs)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., in) -> (..., out), in the dtype that the base layer returns for x."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        updates = self.updates(self.active_adapters)
-        if not updates:
-            return self.base_layer(x, *args, **kwargs)
-        return adapted_linear(FrozenBase(self, args, kwargs), x, updates)
+        self.set_base_weight(weight)
+        if frozen is not None:
+            error, update = self.get_base_weight().float() - weight.float(), weight.float() - frozen.float()
+            self.requantization = (_rms(error), _rms(update))
 
     def __repr__(self) -> str:
         return "bone." + super().__repr__()
+
+
+def _rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item()

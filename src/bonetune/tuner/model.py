@@ -1,19 +1,27 @@
-"""`BoneModel`: puts `BoneLinear` in place of the modules a `BoneConfig` names. The rest is PEFT's `BaseTuner`."""
+"""`BoneModel`: puts Bone layers in place of the modules a `BoneConfig` names. The rest is PEFT's `BaseTuner`."""
 
-from collections.abc import Iterator
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
+from peft.utils import get_quantization_kwargs
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from bonetune.errors import AdapterFileError, BonetuneError, SpecError, TargetError
-from bonetune.spec import ShardSpec
+from bonetune.errors import BonetuneError, InputError, TargetError
 from bonetune.tuner.config import BoneConfig
-from bonetune.tuner.layer import BoneLayer, BoneLinear
+from bonetune.tuner.dequantize import dequantize_layers, forget_quantization
+from bonetune.tuner.layer import BoneLayer
+from bonetune.tuner.loading import check_tensors, is_of_november_2024
+from bonetune.tuner.mixed_batch import adapters_by_row
+from bonetune.tuner.parameter import ParamWrapper
+from bonetune.tuner.targets import call_adapted_layers, check_targets, layer_class, what_can_be_targeted
+from bonetune.tuner.tying import keeping_ties, tie_modules_to_save, tie_targets
+from bonetune.tuner.weighted import COMBINATIONS, combine, combined_config
 
 
 class BoneModel(BaseTuner):
@@ -27,6 +35,7 @@ class BoneModel(BaseTuner):
 
     Raises:
         SpecError: r or mini_r does not fit some of the targeted layers; all of them are named, and the model is unchanged.
+        TargetError: a targeted module cannot be adapted; the model is unchanged.
         peft.utils.error.NoMatchingPeftModuleError: no module matches; the message lists the Linear layers there are.
 
     Example:
@@ -43,45 +52,42 @@ class BoneModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             self.peft_config.pop(adapter_name, None)
-            raise NoMatchingPeftModuleError(f"{error} {_what_can_be_targeted(model)}") from error
+            raise NoMatchingPeftModuleError(f"{error} {what_can_be_targeted(model)}") from error
         except BonetuneError:
             self.peft_config.pop(adapter_name, None)
             raise
+        call_adapted_layers(model)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None and model_config["model_type"] not in self.target_module_mapping:
+            if peft_config.target_parameters:
+                return peft_config
+            raise InputError(
+                f"There are no default target modules for models of type {model_config['model_type']!r}: specify "
+                "`target_modules`, for instance 'all-linear'."
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: BoneConfig, model: nn.Module) -> None:
-        """Check every targeted layer before the first one is replaced."""
+        """Check every target before the first one is replaced."""
         _maybe_include_all_linear_layers(peft_config, model)
-        misfits: list[tuple[ShardSpec, tuple[int, int], SpecError]] = []
+        targets: list[str] = []
+        first_names: dict[int, str] = {}
         inside: tuple[str, ...] = ()
-        for name, module in model.named_modules():
+        for name, module in model.named_modules(remove_duplicate=False):
             if not name or name.startswith(inside or "."):
                 continue
             if hasattr(module, "base_layer"):  # a tuner layer, whose own parts are no targets
                 inside += (name + ".",)
-            if not self._check_target_module_exists(peft_config, name):
+            first = first_names.setdefault(id(module), name)
+            if not self._check_target_module_exists(peft_config, name) or first in targets:
                 continue
-            if not self._can_be_adapted(module):
+            if first != name:
                 raise TargetError(
-                    f"Target module {name} ({type(module).__name__}) is not supported. Currently, only `torch.nn.Linear` "
-                    "(optionally quantized) is supported: leave it out of `target_modules`, or train it whole through "
-                    "`modules_to_save`."
+                    f"Target module {name} is the same module as {first}: target it by its first name, and both are adapted."
                 )
-            if not _is_linear(module):
-                continue
-            spec, shape = peft_config.spec(name), (int(module.out_features), int(module.in_features))  # pyright: ignore[reportArgumentType]  (untyped in nn.Module)
-            try:
-                spec.check(*shape, where=name)
-            except SpecError as error:
-                misfits.append((spec, shape, error))
-        if len(misfits) == 1:
-            raise misfits[0][-1]
-        if misfits:
-            spec = misfits[0][0]
-            alike = [shape for other, shape, _ in misfits if other == spec]
-            raise SpecError(
-                f"{misfits[0][-1]} {len(misfits)} layers do not fit; {spec.remedy(alike)} would fit "
-                f"{'them all' if len(alike) == len(misfits) else f'{len(alike)} of them'}."
-            )
+            targets.append(name)
+        check_targets(model, targets, peft_config, get_quantization_kwargs(model))
 
     def _create_and_replace(
         self,
@@ -93,9 +99,16 @@ class BoneModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if not self._can_be_adapted(target):  # where modules were named by a state dict
+        quantization = get_quantization_kwargs(self)
+        if parameter_name is not None:
+            there = isinstance(target, ParamWrapper) and target.parameter_name == parameter_name
+            layer: Any = target if there else ParamWrapper(target, parameter_name, **quantization)
+        elif isinstance(target, BoneLayer):
+            layer = target
+        elif (cls := layer_class(target, quantization)) is not None:
+            layer = cls(target, **quantization)
+        else:  # where modules were named by a state dict
             raise TargetError(f"Target module {current_key} ({type(target).__name__}) is not supported.")
-        layer = target if isinstance(target, BoneLayer) else BoneLinear(target, **get_quantization_kwargs(self))
         layer.update_layer(
             adapter_name,
             peft_config.spec(current_key),
@@ -105,23 +118,180 @@ class BoneModel(BaseTuner):
             inference_mode=peft_config.inference_mode,
             where=current_key,
         )
+        if self._check_tied_module_exists(peft_config, current_key):
+            embedding: Any = self.model.get_input_embeddings()
+            layer.bone_block[adapter_name] = embedding.bone_block[adapter_name]
         if layer is not target:
             layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # a further adapter is not trained until it is made active
             self._replace_module(parent, target_name, layer, target)
 
-    def _can_be_adapted(self, module: nn.Module) -> bool:
-        frozen = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        quantized = resolve_quantization_backend(frozen, **get_quantization_kwargs(self))
-        return isinstance(frozen, nn.Linear) or (quantized is not None and quantized.layer_type == "linear")
+    _create_and_replace_parameter = _create_and_replace
+
+    def _check_merge_allowed(self) -> None:
+        """Allowed: PEFT warns here of tied weights, which merging into a Parameter of its own never changes."""
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        tie_targets(self.model, peft_config, tied_weight_keys)
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        tie_modules_to_save(self.model, peft_config, tied_weight_keys)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Replace a module under all of its names: shared modules stay shared."""
+        if isinstance(child, BoneLayer):  # unloading: what was under it comes back as it is
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+        for module in self.model.modules():
+            if module is not new_module:
+                for name in [name for name, inner in module._modules.items() if inner is child]:
+                    setattr(module, name, new_module)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, exact_unmerge: bool = True
+    ) -> None:
+        """Add adapters' updates to the base weights: in float32, from the frozen weights, rounded once.
+
+        Args:
+            adapter_names: adapters to merge; None merges the active ones.
+            safe_merge: refuse a result with NaN or infinity, before any weight is touched.
+            exact_unmerge: keep the weights as they were in host memory (outside any state dict), so that `unmerge_adapter`
+                restores every bit. False keeps nothing; unmerging then computes the weights back, up to rounding.
+
+        Raises:
+            ValueError: `safe_merge` found a value that is not finite; or, without `exact_unmerge`, several BAT adapters of
+                different kinds, whose merge arithmetic cannot undo.
+
+        Warns:
+            UserWarning: quantized weights were rounded to their codes again; with the measured error.
+        """
+        layers = self._layers()
+        if not exact_unmerge:
+            for layer in layers:
+                names = adapter_names or layer.active_adapters
+                if not layer.merged and not layer.can_be_computed_back(names):
+                    raise ValueError(f"Arithmetic cannot undo a merge of BAT adapters of different kinds: {', '.join(names)}.")
+        if safe_merge:
+            _refuse_what_is_not_finite(layers, adapter_names)
+        for layer in layers:
+            layer.exact_unmerge = exact_unmerge
+        with keeping_ties(layers):
+            super().merge_adapter(adapter_names, safe_merge)
+        # what was kept is no longer in the model, unless another layer is tied to it
+        shared = {id(parameter) for parameter in self.model.parameters()}
+        for layer in layers:
+            layer.keep_original_on_host(shared)
+        _warn_of_requantization(layers)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        """Merge the adapters into the base model and return it without them.
+
+        Args:
+            progressbar: show one.
+            safe_merge: refuse a result with NaN or infinity, before any weight is touched.
+            adapter_names: adapters to merge; None merges the active ones.
+            dequantize: turn quantized layers (all of the model's) into plain ones first, so that the merged weights are what
+                was trained: dequantized values and update. Otherwise they are rounded to codes again, which may lose much of
+                the update.
+
+        Returns:
+            The base model; it is the model that was adapted, changed in place.
+
+        Raises:
+            ValueError: `safe_merge` found a value that is not finite.
+
+        Warns:
+            UserWarning: quantized weights were rounded to their codes again; with the measured error.
+        """
+        layers = self._layers()
+        if safe_merge:
+            _refuse_what_is_not_finite(layers, adapter_names)
+        plain, dtype = [], getattr(self.model, "dtype", None)
+        if dequantize:
+            if any(layer.merged for layer in layers):
+                raise ValueError("Some adapters are merged into quantized weights already: call `unmerge_adapter` first.")
+            plain = dequantize_layers(self.model)
+            forget_quantization(self.model)
+        for layer in layers:
+            layer.exact_unmerge = False
+        tied = self.get_model_config(self.model).get("tie_word_embeddings")
+        with warnings.catch_warnings(), keeping_ties(layers) as retied:
+            if any(getattr(config, "ensure_weight_tying", False) for config in self.peft_config.values()):
+                warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")  # for a moment
+            merged: Any = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if tied and retied:
+            merged.config.tie_word_embeddings = True
+        for module in plain:
+            module.to(dtype)
+        _warn_of_requantization(layers)
+        return merged
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"] = "linear",
+        *,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add a new adapter that is a combination of others of equal variant and r.
+
+        Delta(W) is linear in the trainable tensor, so `linear` is the exact sum of the scaled updates, BAT included. The others
+        prune the tensors first, as PEFT does LoRA's factors; see `peft.utils.merge_utils`.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: a factor for each, of any sign; an adapter's own scale multiplies it.
+            adapter_name: the new adapter's name. It is not made active.
+            combination_type: how to combine.
+            density: share of the values that is kept, for all but `linear`.
+            majority_sign_method: how the sign of a value is elected, for `ties` and `dare_ties`.
+
+        Raises:
+            InputError: unknown adapters or combination type, a name that is taken, adapters of different variants or r on a
+                layer, that target parameters, or that train biases or whole modules.
+
+        Example:
+            >>> model.add_weighted_adapter(["maths", "code"], [0.7, 0.3], "both")
+            >>> model.set_adapter("both")
+        """
+        if adapter_name in self.peft_config:
+            raise InputError(f"An adapter named {adapter_name} is there already: choose another name, or delete it first.")
+        if combination_type not in COMBINATIONS:
+            raise InputError(
+                f"Unknown combination_type {combination_type!r}: choose one of {', '.join(COMBINATIONS)}. (LoRA's `cat` and "
+                "`svd` rearrange factors, which this update has none of; `linear` is exact here.)"
+            )
+        if combination_type != "linear" and density is None:
+            raise InputError(f"combination_type={combination_type!r} needs a `density` between 0 and 1.")
+        self.peft_config[adapter_name] = combined_config(self.model, self.peft_config, adapters, weights)
+        self.inject_adapter(self.model, adapter_name)
+        settings = {"density": density, "majority_sign_method": majority_sign_method}
+        combine(self.model, adapters, weights, adapter_name, combination_type, **settings)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT would drop `adapter_names` in silence, and with it the choice of adapter for each row."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("Bone does not support `adapter_names`: run each adapter's rows in a batch of their own.")
-        yield
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        beams = kwargs.get("num_beams")
+        with adapters_by_row(self.model, names, beams if isinstance(beams, int) else None):
+            yield
+
+    def _layers(self) -> list[BoneLayer]:
+        return [module for module in self.model.modules() if isinstance(module, BoneLayer)]
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -134,7 +304,7 @@ class BoneModel(BaseTuner):
             for name, module in model.named_modules()
             if isinstance(module, BoneLayer) and adapter_name in module.bone_block
         }
-        if _is_of_november_2024(config, layers, remapped):
+        if is_of_november_2024(config, layers, remapped):
             config.variant = "bat"
             for key, layer in layers.items():
                 layer.update_layer(
@@ -144,45 +314,28 @@ class BoneModel(BaseTuner):
                     exact=config.exact_update,
                     inference_mode=config.inference_mode,
                 )
-        _check_tensors(config, adapter_name, layers, remapped, known=set(model.state_dict()))
+        check_tensors(config, adapter_name, layers, remapped, known=set(model.state_dict()))
         return remapped
 
 
-def _is_linear(module: nn.Module) -> bool:
-    frozen = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(frozen, nn.Linear)
+def _refuse_what_is_not_finite(layers: Sequence[BoneLayer], adapter_names: list[str] | None) -> None:
+    """Raise what `safe_merge` would raise, before the first layer is merged."""
+    for layer in layers:
+        names = [name for name in adapter_names or layer.active_adapters if name not in layer.merged_adapters]
+        with onload_layer(layer):
+            layer.merged_weight(names, safe_merge=True)
 
 
-def _what_can_be_targeted(model: nn.Module) -> str:
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if name and _is_linear(module)}
-    names = {name for name in names if not name.isdigit()} or names
-    return f"The model has Linear layers named {', '.join(sorted(names))}." if names else "The model has no Linear layer."
-
-
-def _is_of_november_2024(config: BoneConfig, layers: dict[str, BoneLayer], tensors: dict[str, Tensor]) -> bool:
-    """PEFT's development version of November 2024 wrote bat as `init_weights: true` with three-dimensional blocks."""
-    found = [tensors[key] for key in layers if key in tensors]
-    return not config.variant_was_named and config.variant == "bone" and bool(found) and all(t.dim() == 3 for t in found)
-
-
-def _check_tensors(
-    config: BoneConfig, adapter_name: str, layers: dict[str, BoneLayer], tensors: dict[str, Tensor], known: set[str]
-) -> None:
-    """Raise `AdapterFileError` naming every tensor that is missing, unexpected or of another shape."""
-    wrong = [f"{key} is missing" for key in layers if key not in tensors]
-    known |= set(layers)
-    wrong += [
-        f"{key} is not expected"
-        for key in tensors
-        # PEFT's wrappers of whole modules write names that no module has (with bias="all") and pass over them in loading
-        if not {key, key.removeprefix("base_model.model.")} & known and ".modules_to_save." not in key
-    ]
-    for key, layer in layers.items():
-        expected = layer.bone_spec[adapter_name].shape(layer.out_features, layer.in_features)
-        if key in tensors and tuple(tensors[key].shape) != expected:
-            wrong.append(f"{key} has shape {tuple(tensors[key].shape)}, {config.variant} needs {expected}")
-    if wrong:
-        raise AdapterFileError(
-            f"The adapter's tensors do not fit its configuration (variant {config.variant!r}, r={config.r}) and this model: "
-            f"{'; '.join(wrong)}."
+def _warn_of_requantization(layers: Sequence[BoneLayer]) -> None:
+    """One warning for all layers whose merged weights were just rounded to codes."""
+    measured = [layer.requantization for layer in layers if layer.requantization is not None]
+    for layer in layers:
+        layer.requantization = None
+    if measured:
+        share = statistics.median(error / update if update else float("inf") for error, update in measured)
+        warnings.warn(
+            f"{len(measured)} merged layers were quantized again: the rounding moved their weights by {share:.2g} times as "
+            "much as the update did (median of root mean squares), and the merged model is that far from what was trained. "
+            "`merge_and_unload(dequantize=True)` merges into the dequantized values.",
+            stacklevel=3,
         )

@@ -1,0 +1,48 @@
+"""Batches of which each row has its own adapter: `model(..., adapter_names=["one", "__base__", "two"])`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from bonetune.tuner.layer import NO_ADAPTER, BoneLayer
+
+
+@contextmanager
+def adapters_by_row(model: nn.Module, adapter_names: Sequence[str], num_beams: int | None) -> Iterator[None]:
+    """Within it, every adapted layer of `model` computes row i with the adapter `adapter_names[i]`.
+
+    Beam search repeats each row `num_beams` times, but not for the encoder of an encoder-decoder.
+
+    Raises:
+        ValueError: names of adapters that are not there, or a model in training mode.
+        TypeError: something else than a list of names.
+    """
+    if not isinstance(adapter_names, list | tuple):
+        raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+    if model.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    layers = [module for module in model.modules() if isinstance(module, BoneLayer)]
+    known = {name for layer in layers for name in layer.bone_block}
+    if unknown := sorted(set(adapter_names) - known - {NO_ADAPTER}):
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {', '.join(sorted(known))}, and "
+            f"{NO_ADAPTER} for none."
+        )
+    encoder: Any = getattr(model, "get_encoder", lambda: None)() if num_beams and num_beams > 1 else None
+    in_encoder = set() if encoder is None or encoder is model else {id(module) for module in encoder.modules()}
+    repeated = [name for name in adapter_names for _ in range(num_beams or 1)]
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, BoneLayer | AuxiliaryTrainingWrapper):
+                names = list(adapter_names) if id(module) in in_encoder else repeated
+                hook = module.register_forward_pre_hook(partial(_with_names, names), with_kwargs=True)
+                stack.callback(hook.remove)
+        yield
+
+
+def _with_names(names: list[str], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return args, kwargs | {"adapter_names": names}
