@@ -66,9 +66,10 @@ class ShardSpec:
         return self.variant not in ("bone", "mini")
 
     def check(self, out_features: int, in_features: int, where: str = "this weight") -> None:
-        """Raise `SpecError` if the variant cannot be defined on a weight of shape (out_features, in_features).
+        """Raise if the variant cannot be defined on a weight of shape (out_features, in_features).
 
-        The message names `where`, the sizes and the values of r (or mini_r) that would work.
+        Raises:
+            SpecError: it cannot; the message names `where`, the sizes and the values of r (or mini_r) that would work.
         """
         r, shape = self.r, f"({out_features}, {in_features})"
         if r > in_features:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -102,7 +103,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(project, run, arguments, messag
 def test_env(run):
     facts = json.loads(run("env", "--json").out)
     assert facts["python"] == sys.version.split()[0]
-    assert facts["peft"].startswith("0.21")
+    assert facts["peft"] == version("peft")
 
 
 def test_the_process_itself_exits_with_2():
@@ -117,6 +118,7 @@ def test_help_imports_no_torch(verb):
     """What makes `--help` answer at once."""
     code = f"""
 import sys
+from importlib.metadata import version
 from bonetune_cli.main import app
 try:
     app({[*verb, "--help"]!r})

@@ -104,6 +104,7 @@ def test_compiled_whole(variant):
         if adapted.training:
             adapted.base_layer.bias.requires_grad_()  # so that the layer is called
         x = torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+        torch.compiler.reset()
         compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
         expected, y = adapted(x), compiled(x)
         torch.testing.assert_close(y, expected)

@@ -67,5 +67,5 @@ def test_0_18_stops_at_what_it_would_misread(old_peft, tmp_path, variant):
 
 
 def test_faults_that_are_right_here(old_peft, tmp_path):
-    """`test_faults_of_miss.py` has the same cases for this package."""
+    """`test_faults_of_peft.py` has the same cases for this package."""
     old_peft("faults", tmp_path)

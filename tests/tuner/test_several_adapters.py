@@ -218,6 +218,14 @@ class TestHotSwap:
         assert len(compilations) == count
         assert all(p is tensors[n] for n, p in first.named_parameters() if n in tensors)
 
+    def test_a_model_of_transformers_with_adapters_of_its_own(self, tmp_path):
+        model = llama()
+        model.add_adapter(config("bat"))
+        second = get_peft_model(llama(), config("bat")).eval()
+        second.save_pretrained(tmp_path)
+        hotswap_adapter(model, tmp_path)
+        torch.testing.assert_close(logits(model), logits(second))
+
     def test_what_does_not_fit_is_refused_and_changes_nothing(self, tmp_path):
         model = adapted("bat", llama())
         said = logits(model)

@@ -78,6 +78,9 @@ def evaluate(
 
     Raises:
         InputError: unknown task, bad limit, unreadable data or model.
+
+    Example:
+        >>> bonetune.evaluate("runs/first", ["exact-match"], data="test.jsonl")
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:

@@ -58,6 +58,9 @@ def merge(
         InputError: adapter or base model that cannot be loaded, output that exists, scale of a method without scaling.
         AdapterFileError: tensors that do not fit the base model, or are not finite.
         RunError: the merged model does not say what the adapted one says.
+
+    Example:
+        >>> bonetune.merge("runs/first", "merged").certificate.holds
     """
     target = parse_dtype(dtype)
     folder = Path(output)

@@ -78,12 +78,19 @@ class FrozenLinear(Protocol):
 def adapted_linear(frozen: FrozenLinear, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """y = x W^T + bias + sum_k dropout_k(x) (scale_k * Delta_k(W))^T for any mix of variants; each Delta of the frozen W.
 
-    x (..., in) -> y (..., out), in the dtype that the frozen layer returns for x; each update to its own rows. Same function
-    as `bonetune.ops.reference.apply`.
+    The same function as `bonetune.ops.reference.apply`, in its derived form, with derived gradients.
+
+    Args:
+        frozen: the layer that holds W and bias.
+        x: (..., in).
+        updates: the adapters' updates, each for its own rows of x.
+
+    Returns:
+        y (..., out), in the dtype that the frozen layer returns for x (under autocast: the autocast dtype).
     """
     if not updates:
         return frozen(x)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
     x = _autocast(x) if autocast else x
     fused = _FUSED[updates[0].spec.variant]
     alike = all(u.dropout is None and u.rows is None and _FUSED[u.spec.variant] is fused for u in updates)

@@ -51,11 +51,22 @@ class Update(NamedTuple):
 
 
 def delta(weight: Tensor, theta: Tensor, spec: ShardSpec) -> Tensor:
-    """Delta(W) (out, in), in the dtype that `weight` and `theta` promote to.
+    """Delta(W), what an adapter with scale 1 adds to W.
 
-    Leading dimensions that both have number weights adapted alike, each by a tensor of its own: experts, the offsets of a
-    convolution's kernel. Raises `SpecError` where the variant is not defined, `ValueError` if `theta` has another shape
-    than the spec's.
+    Leading dimensions number weights that are adapted alike, each by a tensor of its own: experts, the offsets of a
+    convolution's kernel.
+
+    Args:
+        weight: W (..., out, in).
+        theta: D or B, (..., *spec.shape(out, in)).
+        spec: what `theta` means.
+
+    Returns:
+        Delta(W) (..., out, in), in the dtype that `weight` and `theta` promote to.
+
+    Raises:
+        SpecError: the variant is not defined on (out, in).
+        ValueError: `theta` has another shape.
     """
     *leading, out_features, in_features = weight.shape
     spec.check(out_features, in_features)
@@ -87,7 +98,15 @@ def delta(weight: Tensor, theta: Tensor, spec: ShardSpec) -> Tensor:
 def merge(weight: Tensor, updates: Sequence[Update]) -> Tensor:
     """W' = W + sum_k scale_k * Delta_k(W), each Delta of the frozen W, so that the order of adapters is of no account.
 
-    Added in float32 (float64 if W is), rounded once to W's dtype. Leading dimensions as in `delta`.
+    Args:
+        weight: W (..., out, in); leading dimensions as in `delta`.
+        updates: the adapters' updates.
+
+    Returns:
+        W' (..., out, in): added in float32 (float64 if W is), rounded once to W's dtype.
+
+    Raises:
+        SpecError, ValueError: as `delta`.
     """
     wide = _at_least_float32(weight)
     total = wide.clone()
@@ -97,12 +116,20 @@ def merge(weight: Tensor, updates: Sequence[Update]) -> Tensor:
 
 
 def unmerge(merged: Tensor, updates: Sequence[Update]) -> Tensor:
-    """The W for which `merge(W, updates)` is `merged`, by solving the updates' equation. Leading dimensions as in `delta`.
+    """The W for which `merge(W, updates)` is `merged`, by solving the updates' equation.
 
-    Computed in float32 (float64 if `merged` is). Exact only up to that arithmetic and to the rounding of the merge: keep
-    the original weight where every bit matters. Raises `ValueError` where BAT updates of different variants or r come
-    together, whose equation has no such solution; `torch.linalg.LinAlgError` where I + scale * B is singular: there the
-    merge has lost information.
+    Exact only up to the arithmetic and to the rounding of the merge: keep the original weight where every bit matters.
+
+    Args:
+        merged: W' (..., out, in); leading dimensions as in `delta`.
+        updates: what was merged.
+
+    Returns:
+        W (..., out, in): computed in float32 (float64 if `merged` is), rounded once to the dtype of `merged`.
+
+    Raises:
+        ValueError: BAT updates of different variants or r, whose equation this does not solve.
+        torch.linalg.LinAlgError: I + sum_k scale_k * B_k is singular: there the merge has lost information.
     """
     wide = _at_least_float32(merged)
     for update in updates:
@@ -131,7 +158,17 @@ def unmerge(merged: Tensor, updates: Sequence[Update]) -> Tensor:
 
 
 def apply(x: Tensor, weight: Tensor, updates: Sequence[Update], bias: Tensor | None = None) -> Tensor:
-    """Y = x W^T + bias + sum_k dropout_k(x) (scale_k * Delta_k(W))^T, each to its rows, with every matrix written out."""
+    """Y = x W^T + bias + sum_k dropout_k(x) (scale_k * Delta_k(W))^T, each to its rows, with every matrix written out.
+
+    Args:
+        x: (..., in).
+        weight: W (out, in).
+        updates: the adapters' updates.
+        bias: (out), or None.
+
+    Returns:
+        Y (..., out), in the dtype that the operands promote to.
+    """
     y = x @ weight.T
     for update in updates:
         y = update.added_to(y, update.entering(x) @ (update.scale * delta(weight, update.theta, update.spec)).T)

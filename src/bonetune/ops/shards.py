@@ -139,8 +139,13 @@ def block_product_backward(
 
 
 def _parts(v: Tensor) -> list[slice]:
-    """Ranges of rows; on a CPU they are small enough that what one step writes is still in the cache at the next."""
-    step = max(FEW_ROWS, PART_BYTES // max(1, v.shape[1] * v.element_size())) if v.device.type == "cpu" else max(1, len(v))
+    """Ranges of rows; on a CPU they are small enough that what one step writes is still in the cache at the next.
+
+    One range for a compiler, which would otherwise compile again for every number of rows.
+    """
+    if v.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    step = max(FEW_ROWS, PART_BYTES // max(1, v.shape[1] * v.element_size()))
     return [slice(start, min(start + step, len(v))) for start in range(0, len(v), step)]
 
 

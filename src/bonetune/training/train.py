@@ -49,6 +49,10 @@ def train(
     Raises:
         InputError: settings, data or model that cannot be used; nothing is written then.
         RunError: the loss or the gradient is no longer a finite number.
+
+    Example:
+        >>> result = bonetune.train("run.yaml", {"r": 32}, on_progress=print)
+        >>> result.last_loss
     """
     planned = plan(config, overrides, resume=resume, overwrite=overwrite)
     config, folder = planned.config, Path(planned.config.output_dir)

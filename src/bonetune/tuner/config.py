@@ -61,6 +61,10 @@ class BoneConfig(PeftConfig):
     Raises:
         InputError: unknown variant, sizes that are not positive integers, unknown `bias`, two different variants named,
             or `layers_to_transform` together with a regular expression.
+
+    Example:
+        >>> config = BoneConfig(r=64, variant="bat-row", target_modules="all-linear", task_type="CAUSAL_LM")
+        >>> model = peft.get_peft_model(model, config)
     """
 
     r: int = field(default=64, metadata={"help": "Shard size."})

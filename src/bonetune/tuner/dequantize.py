@@ -1,5 +1,6 @@
 """Quantized layers: kept readable while they are adapted, and turned into plain ones where a merge is to stay exact."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -72,13 +73,12 @@ def keep_readable(model: nn.Module) -> None:
     would then give noise and training would get no gradients through the layer, both without an error. Layers to which that
     has happened are laid out as they were; their scales stay rounded to bfloat16.
     """
-    for module in model.modules():
-        if not getattr(module, "support_avx512bf16_for_cpu", False):
-            continue
-        module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
-        weight: Any = module.weight
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            _unpack(weight)
+    layers: Iterator[Any] = model.modules()
+    for layer in layers:
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False
+            if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+                _unpack(layer.weight)
 
 
 def _unpack(weight: Any) -> None:

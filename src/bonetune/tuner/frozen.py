@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
+
+from bonetune.tuner.held import whole
 
 _AT_REST = (nn.Parameter, Tensor)
 _NAMES = {"weight", "bias"}
@@ -57,7 +58,7 @@ class FrozenBase:
 
     @property
     def bias(self) -> Tensor | None:
-        return self._base._parameters["bias"] if self._bare else self._layer.bias
+        return self._base._parameters["bias"] if self._bare else whole(self._layer.get_base_layer(), "bias", self._layer.bias)
 
 
 class FrozenConv(FrozenBase):
@@ -79,14 +80,10 @@ def base_weight(layer: Any, name: str = "weight") -> Tensor:
         return layer.get_base_weight()
     base = layer.get_base_layer()
     weight = getattr(base, name)
-    if isinstance(weight, DTensor):
-        return weight.full_tensor()
     if hasattr(weight, "ds_id"):
         with gather_params_ctx(weight):
             return weight.detach().clone()
-    if weight.device.type == "meta" and (hook := getattr(base, "_hf_hook", None)) is not None and hook.offload:
-        return hook.weights_map[name].to(hook.execution_device)
-    return weight
+    return whole(base, name, weight)
 
 
 def _is_bare(base: nn.Module) -> bool:

@@ -18,7 +18,7 @@ def hotswap_adapter(
     """Put a saved adapter's tensors in the place of a loaded one's, in place.
 
     Args:
-        model: a `PeftModel` with the adapter, or what `torch.compile` made of one.
+        model: a `PeftModel`, or a model of transformers or diffusers with `add_adapter`; or what `torch.compile` made of one.
         model_name_or_path: folder, or id on the hub, of an adapter of the same variant and r on the same layers.
         adapter_name: the adapter to overwrite; its name and settings stay.
         kwargs: for PEFT's `PeftConfig.from_pretrained` and `load_peft_weights`, such as `revision` or `subfolder`.
@@ -41,7 +41,8 @@ def hotswap_adapter(
     new = PeftConfig.from_pretrained(path, **kwargs)
     if not isinstance(new, BoneConfig):
         raise InputError(f"{path} holds an adapter of another method ({new.peft_type}).")
-    for name, layer in peft_model.get_base_model().named_modules():
+    wrapped = hasattr(peft_model, "get_base_model")
+    for name, layer in (peft_model.get_base_model() if wrapped else peft_model).named_modules():
         if not isinstance(layer, BoneLayer) or adapter_name not in layer.bone_block:
             continue
         if adapter_name in layer.merged_adapters:
@@ -54,5 +55,7 @@ def hotswap_adapter(
             )
     # in host memory first, and onto each layer's own device from there
     tensors = load_peft_weights(path, device="cpu", **kwargs)
+    if not wrapped:
+        tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     with torch.no_grad():
         set_peft_model_state_dict(peft_model, tensors, adapter_name)

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from bonetune.errors import InputError
 from bonetune.ops import Update, delta, merge, unmerge
 from bonetune.spec import ShardSpec
 from bonetune.tuner.frozen import base_weight
+from bonetune.tuner.held import whole
 from bonetune.tuner.original import Original, put_weight
 
 # What stands in `adapter_names` for a row of the batch that no adapter is for.
@@ -126,7 +128,8 @@ class BoneLayer(nn.Module, BaseTunerLayer):
         """The adapted layer; with `adapter_names`, each row of the batch by the adapter named for it."""
         if self.disable_adapters:
             if self.merged:
-                self.unmerge()
+                with onload_layer(self):  # for a base layer that accelerate offloaded, and with it the merged weight
+                    self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             updates = self._updates_by_row(x, adapter_names)
@@ -136,13 +139,18 @@ class BoneLayer(nn.Module, BaseTunerLayer):
             updates = self.updates(self.active_adapters)
         if not updates:
             return self.base_layer(x, *args, **kwargs)
+        if not x.is_meta and any(update.theta.is_meta for update in updates):
+            raise InputError(
+                f"Adapter {', '.join(self.active_adapters)} has no values yet: it is on the meta device. Load its tensors "
+                "(low_cpu_mem_usage=True leaves that to you), and adapt a model before it is offloaded, not after."
+            )
         return self.adapted(x, updates, args, kwargs)
 
     def updates(self, adapter_names: Sequence[str]) -> list[Update]:
         """Those of the named adapters that this layer has, as `bonetune.ops` takes them."""
         return [
             Update(
-                self.bone_block[name],
+                whole(self.bone_block, name, self.bone_block[name]),
                 self.bone_spec[name],
                 self.bone_scaling[name],
                 self._dropout(name),
@@ -223,21 +231,33 @@ class BoneLayer(nn.Module, BaseTunerLayer):
         if not adapter_names:
             return
         frozen = self._frozen_weight()
-        merged = self.merged_weight(adapter_names, safe_merge)
+        merged = self._merged_weight(frozen, adapter_names, safe_merge)
+        original = Original(self.get_base_layer(), self.weight_name, frozen)
+        try:
+            self._put_weight(merged, frozen)
+        except Exception:  # a layer that cannot be quantized again, or not in the memory there is
+            original.restore(self)
+            raise
         if self.exact_unmerge and not self.merged:
-            self._original = [Original(self.get_base_layer(), self.weight_name, frozen)]
-        self._put_weight(merged, frozen)
+            self._original = [original]
         self._merged_updates = self._updates_with_merged(adapter_names)
         self.merged_adapters.extend(adapter_names)
 
     @torch.no_grad()
-    def merged_weight(self, adapter_names: Sequence[str], safe_merge: bool = False) -> Tensor:
-        """The base weight that `merge` would put in place, in its stored shape and dtype; what is merged already counts in.
+    def check_safe_merge(self, adapter_names: Sequence[str]) -> None:
+        """Raise the ValueError that `merge` of these adapters with `safe_merge` would raise, and merge nothing."""
+        self._merged_weight(self._frozen_weight(), adapter_names, safe_merge=True)
 
-        Raises:
-            ValueError: as `merge`.
-        """
-        merged = self.as_stored(merge(self.matrices(self._frozen_weight()), self._updates_with_merged(adapter_names)))
+    def _merged_weight(self, frozen: Tensor, adapter_names: Sequence[str], safe_merge: bool) -> Tensor:
+        """What `merge` puts in place: these adapters and those that are merged already."""
+        updates = self._updates_with_merged(adapter_names)
+        if frozen.is_meta or any(update.theta.is_meta for update in updates):
+            raise InputError(
+                f"Adapter {', '.join(adapter_names)} cannot be merged: its values or those of the base layer are not in memory "
+                "(they are on the meta device). Load them first; an offloaded model should be offloaded without "
+                "`preload_module_classes`."
+            )
+        merged = self.as_stored(merge(self.matrices(frozen), updates))
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken")
         return merged
@@ -286,7 +306,10 @@ class BoneLayer(nn.Module, BaseTunerLayer):
         if self.quantization_backend is None:
             put_weight(self.get_base_layer(), self.weight_name, weight)
             return
+        base: Any = self.get_base_layer()
         self.set_base_weight(weight)
+        if self.get_base_layer() is not base:  # HQQ's: PEFT leaves the bias behind
+            self.get_base_layer().bias = base.bias
         if frozen is not None:
             error, update = self.get_base_weight().float() - weight.float(), weight.float() - frozen.float()
             self.requantization = (_rms(error), _rms(update))

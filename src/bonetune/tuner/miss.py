@@ -26,6 +26,10 @@ def accelerate_miss(model: nn.Module, *, exact_update: bool = True) -> int:
 
     Raises:
         TargetError: the model has no MiSS layer.
+
+    Example:
+        >>> model = PeftModel.from_pretrained(model, "a-miss-adapter")
+        >>> accelerate_miss(model)
     """
     layers = [module for module in model.modules() if isinstance(module, MissLinear)]
     if not layers:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from bonetune.errors import BonetuneError, InputError, TargetError
 from bonetune.tuner.config import BoneConfig
-from bonetune.tuner.dequantize import dequantize_layers, forget_quantization
+from bonetune.tuner.dequantize import dequantize_layers, forget_quantization, keep_readable
+from bonetune.tuner.held import list_rightly
 from bonetune.tuner.layer import BoneLayer
 from bonetune.tuner.loading import check_tensors, is_of_november_2024
 from bonetune.tuner.mixed_batch import adapters_by_row
@@ -29,9 +30,10 @@ class BoneModel(BaseTuner):
 
     Args:
         model: the model to adapt; it is changed in place.
-        config: a `BoneConfig`.
+        peft_config: a `BoneConfig`.
         adapter_name: the adapter's name.
         low_cpu_mem_usage: create the adapter's tensors on the meta device.
+        state_dict: an adapter's tensors; the modules that they name are adapted, instead of those that the configuration names.
 
     Raises:
         SpecError: r or mini_r does not fit some of the targeted layers; all of them are named, and the model is unchanged.
@@ -47,7 +49,16 @@ class BoneModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """`BaseTuner.inject_adapter`, which forgets the adapter again if it fails, and says what could be targeted."""
+        """`BaseTuner.inject_adapter`, which forgets the adapter again if it fails, and says what could be targeted.
+
+        Args:
+            model: the model to adapt.
+            adapter_name: a key of `peft_config`.
+            args, kwargs: as PEFT documents them.
+
+        Raises:
+            SpecError, TargetError, peft.utils.error.NoMatchingPeftModuleError: as the class.
+        """
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -57,6 +68,7 @@ class BoneModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             raise
         call_adapted_layers(model)
+        keep_readable(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and model_config["model_type"] not in self.target_module_mapping:
@@ -71,8 +83,9 @@ class BoneModel(BaseTuner):
     def _prepare_model(self, peft_config: BoneConfig, model: nn.Module) -> None:
         """Check every target before the first one is replaced."""
         _maybe_include_all_linear_layers(peft_config, model)
-        targets: list[str] = []
+        targets: dict[str, None] = {}
         first_names: dict[int, str] = {}
+        self._shared: set[int] = set()  # modules that have more than one name, by id
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules(remove_duplicate=False):
             if not name or name.startswith(inside or "."):
@@ -80,14 +93,16 @@ class BoneModel(BaseTuner):
             if hasattr(module, "base_layer"):  # a tuner layer, whose own parts are no targets
                 inside += (name + ".",)
             first = first_names.setdefault(id(module), name)
+            if first != name:
+                self._shared.add(id(module))
             if not self._check_target_module_exists(peft_config, name) or first in targets:
                 continue
             if first != name:
                 raise TargetError(
                     f"Target module {name} is the same module as {first}: target it by its first name, and both are adapted."
                 )
-            targets.append(name)
-        check_targets(model, targets, peft_config, get_quantization_kwargs(model))
+            targets[name] = None
+        check_targets(model, list(targets), peft_config, get_quantization_kwargs(model))
 
     def _create_and_replace(
         self,
@@ -144,6 +159,9 @@ class BoneModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+        if id(child) not in self._shared:
+            return
+        self._shared.add(id(new_module))
         for module in self.model.modules():
             if module is not new_module:
                 for name in [name for name, inner in module._modules.items() if inner is child]:
@@ -293,6 +311,12 @@ class BoneModel(BaseTuner):
     def _layers(self) -> list[BoneLayer]:
         return [module for module in self.model.modules() if isinstance(module, BoneLayer)]
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT calls this after it offloaded what it loaded."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self._layers():
+            list_rightly(layer.bone_block, adapter_name)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: BoneConfig, adapter_name: str, state_dict: dict[str, Tensor]
@@ -323,7 +347,7 @@ def _refuse_what_is_not_finite(layers: Sequence[BoneLayer], adapter_names: list[
     for layer in layers:
         names = [name for name in adapter_names or layer.active_adapters if name not in layer.merged_adapters]
         with onload_layer(layer):
-            layer.merged_weight(names, safe_merge=True)
+            layer.check_safe_merge(names)
 
 
 def _warn_of_requantization(layers: Sequence[BoneLayer]) -> None:

@@ -13,6 +13,7 @@ from bonetune.errors import InputError, SpecError, TargetError
 from bonetune.spec import ShardSpec
 from bonetune.tuner.config import BoneConfig
 from bonetune.tuner.convolution import BoneConv
+from bonetune.tuner.dequantize import unreadable
 from bonetune.tuner.embedding import BoneEmbedding
 from bonetune.tuner.frozen import CONVOLUTIONS
 from bonetune.tuner.layer import BoneLayer
@@ -63,7 +64,9 @@ def check_targets(model: nn.Module, modules: list[str], config: BoneConfig, quan
 
 def targeted_parameters(model: nn.Module, config: BoneConfig) -> Iterator[tuple[str, nn.Module, str]]:
     """(full name, module, parameter's name) of each parameter that `target_parameters` names by its end, as PEFT matches."""
-    wanted = config.target_parameters or []
+    wanted = config.target_parameters
+    if not wanted:
+        return
     for module_name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             continue
@@ -132,7 +135,7 @@ def _check_weight(name: str, frozen: nn.Module, config: BoneConfig, quantization
             "the model by FSDP instead."
         )
     backend = resolve_quantization_backend(frozen, **quantization)
-    if backend is not None and not backend.supports_merge and config.variant == "bat":
+    if backend is not None and config.variant == "bat" and unreadable(frozen, backend):
         raise TargetError(
             f"Variant 'bat' needs the weight's values, which {backend.backend_name} layers ({name}) do not give: use "
             "'bat-row', 'bat-free', 'bat-left' or 'bone'."

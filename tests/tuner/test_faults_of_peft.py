@@ -1,4 +1,4 @@
-"""Faults of PEFT's own MiSS (0.21), each by one check that its layers fail and ours pass.
+"""Faults of PEFT's own MiSS and LoRA (0.21), each by one check that their layers fail and ours pass.
 
 Where a check needs what PEFT's last Bone (0.18.1) does wrong, `test_peft_018.py` has it, in an environment of its own.
 """
@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapted_models import IDS, config, logits
 from conftest import llama
-from peft import MissConfig, get_peft_model
+from peft import LoraConfig, MissConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +22,7 @@ class Ours:
         return config(kind, **({"r": 4} | changes))
 
 
-class Theirs:
+class Miss:
     """The same function by PEFT."""
 
     @staticmethod
@@ -32,9 +32,17 @@ class Theirs:
         return MissConfig(**({"r": 4, "target_modules": "all-linear", "init_weights": start} | changes | dropout))
 
 
+class Lora:
+    """PEFT's LoRA in the place of bone."""
+
+    @staticmethod
+    def config(kind, **changes):
+        return LoraConfig(**({"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | changes))
+
+
 def block(model, adapter="default"):
     """The adapter's tensors."""
-    return [p for n, p in model.named_parameters() if f"_block.{adapter}" in n]
+    return [p for n, p in model.named_parameters() if f"_block.{adapter}" in n or f"lora_B.{adapter}" in n]
 
 
 def adapted(method, kind, base=None, **changes):
@@ -46,7 +54,7 @@ def adapted(method, kind, base=None, **changes):
 
 
 def base_weights(model):
-    return {n: t.clone() for n, t in model.state_dict().items() if "_block" not in n}
+    return {n: t.clone() for n, t in model.state_dict().items() if "_block" not in n and "lora_" not in n}
 
 
 def assert_equal(before, after):
@@ -105,6 +113,58 @@ def merging_ragged_shards_leaves_a_tied_weight_alone(method):
     embedding = base.model.embed_tokens.weight.clone()
     model.merge_adapter()
     assert torch.equal(base.model.embed_tokens.weight, embedding)
+
+
+def a_refused_merge_touches_no_layer(method):
+    """The last layer's adapter is broken."""
+    model = adapted(method, "bone")
+    block(model)[-1].data.view(-1)[0] = torch.nan
+    before = base_weights(model)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert_equal(before, base_weights(model))
+
+
+def a_module_with_two_names(method):
+    one = nn.Linear(8, 8)
+    base = nn.ModuleDict({"a": one, "b": one})
+    adapted(method, "bone", base, target_modules=["a"])
+    assert base["a"] is base["b"]
+
+
+def torchs_encoder_in_evaluation(method):
+    """Its fast path reads the weights of layers instead of calling them."""
+    torch.manual_seed(0)
+    layer, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval(), torch.randn(2, 3, 16)
+    base = nn.ModuleDict({"encoder": layer})
+    adapted(method, "bone", base, target_modules=["linear1"])
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), layer.train()(x))
+
+
+def attentions_output_layer(method):
+    """torch's attention reads its weight: an adapter on it is refused, or it counts."""
+    torch.manual_seed(0)
+    layer, x = nn.MultiheadAttention(16, 2), torch.randn(2, 3, 16)
+    expected = layer(x, x, x)[0]
+    try:
+        adapted(method, "bone", nn.ModuleDict({"attention": layer}), target_modules=["out_proj"])
+    except TypeError:
+        return
+    assert not torch.allclose(layer(x, x, x)[0], expected)
+
+
+def a_weighted_sum(method):
+    model = adapted(method, "bone")
+    model.add_adapter("other", method.config("bone"))
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    said = logits(model)
+    for layer in (m for m in model.modules() if hasattr(m, "set_scale")):
+        layer.set_scale("default", 0.5)
+        layer.set_scale("other", 0.5)
+    model.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(said, logits(model), rtol=1e-4, atol=1e-4)
 
 
 def dropout_of_bat(method):
@@ -214,13 +274,18 @@ def an_embedding(method):
 
 NOT_SUPPORTED = (TypeError, "is not supported")
 WRONG = (AssertionError, "")
-# each with what MiSS makes of it
-FAULTS = {
+# each with what PEFT makes of it
+MISS = {
     two_variants_on_one_layer: (RuntimeError, "must match the size"),
     unmerging_bat_over_bfloat16: WRONG,
     unmerging_a_block_at_minus_one: (torch.linalg.LinAlgError, "singular"),
     unmerging_bone: WRONG,
     merging_ragged_shards_leaves_a_tied_weight_alone: WRONG,
+    a_refused_merge_touches_no_layer: WRONG,
+    a_module_with_two_names: WRONG,
+    torchs_encoder_in_evaluation: WRONG,
+    attentions_output_layer: WRONG,
+    a_weighted_sum: (AttributeError, "add_weighted_adapter"),
     dropout_of_bat: WRONG,
     a_misspelt_variant: (pytest.fail.Exception, "DID NOT RAISE"),
     rows_with_adapters_of_their_own: WRONG,
@@ -233,19 +298,37 @@ FAULTS = {
     gpt2s_linear: NOT_SUPPORTED,
     an_embedding: NOT_SUPPORTED,
 }
+LORA = {
+    unmerging_bone: WRONG,
+    merging_ragged_shards_leaves_a_tied_weight_alone: WRONG,
+    a_refused_merge_touches_no_layer: WRONG,
+    a_module_with_two_names: WRONG,
+    torchs_encoder_in_evaluation: WRONG,
+    attentions_output_layer: WRONG,
+    a_weighted_sum: WRONG,
+}
 # Faults of PEFT 0.18's Bone that its MiSS no longer has; see test_peft_018.py.
 MENDED = [refusing_a_broken_adapter_of_ragged_shards, an_r_larger_than_the_input]
 
 
 @pytest.mark.filterwarnings("ignore:.*tie.*")
-@pytest.mark.parametrize("check", [*FAULTS, *MENDED], ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [*MISS, *MENDED], ids=lambda check: check.__name__)
 def test_it_is_right_here(check):
     check(Ours)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("check", FAULTS, ids=lambda check: check.__name__)
-def test_it_is_wrong_in_pefts_miss(check):
-    exception, message = FAULTS[check]
+def fails(check, method, exception, message):
     with pytest.raises(exception, match=message):
-        check(Theirs)
+        check(method)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("check", MISS, ids=lambda check: check.__name__)
+def test_it_is_wrong_in_pefts_miss(check):
+    fails(check, Miss, *MISS[check])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("check", LORA, ids=lambda check: check.__name__)
+def test_it_is_wrong_in_pefts_lora(check):
+    fails(check, Lora, *LORA[check])
