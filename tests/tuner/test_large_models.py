@@ -16,9 +16,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
 
-from bonetune import VARIANTS, BoneLayer, BoneLinear, InputError, ShardSpec
+from bonetune import VARIANTS, BoneLayer, BoneLinear, InputError, ShardSpec, TargetError
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
@@ -300,3 +301,16 @@ class TestCompiled:
         parameters = list(blocks(model).values())
         want, got = (torch.autograd.grad(loss, parameters) for loss in outputs)
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+def test_tensor_parallelism_is_refused():
+    """Each process would adapt a part of the weight, and no variant is defined for parts."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        base = nn.Sequential(nn.Linear(8, 8))
+        parallelize_module(base, mesh, {"0": ColwiseParallel()})
+        with pytest.raises(TargetError, match="0 is split between processes by tensor parallelism"):
+            get_peft_model(base, config(target_modules=["0"]))
+    finally:
+        torch.distributed.destroy_process_group()

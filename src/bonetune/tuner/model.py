@@ -155,10 +155,10 @@ class BoneModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Replace a module under all of its names: shared modules stay shared."""
-        if isinstance(child, BoneLayer):  # unloading: what was under it comes back as it is
-            setattr(parent, child_name, new_module)
-        else:
+        if isinstance(new_module, BoneLayer):
             super()._replace_module(parent, child_name, new_module, child)
+        else:  # unloading: what was under the child comes back as it is
+            setattr(parent, child_name, new_module)
         if id(child) not in self._shared:
             return
         self._shared.add(id(new_module))
