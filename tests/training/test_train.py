@@ -222,7 +222,7 @@ def test_an_output_folder_on_another_file_system(settings, tmp_path):
     [
         ({"modules_to_save": ["nonsense"]}, "modules_to_save names modules that the model does not have: nonsense"),
         ({"target_modules": "["}, "is not a regular expression"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "is not supported"),
+        ({"target_modules": ["q_proj", "norm"]}, "is not supported"),
         ({"output_dir": "{data}/run"}, "is a file"),
     ],
 )

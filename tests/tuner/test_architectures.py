@@ -445,6 +445,26 @@ def test_an_embedding_that_counts_positions_is_a_parameter_to_target(variant):
     close(says("OPT", model.merge_and_unload()), expected)
 
 
+def test_a_scaled_embedding_with_a_row_of_its_own_is_a_parameter_to_target():
+    """T5Gemma 2 has one: for the token that ends an image, it returns another parameter than its weight's row."""
+
+    class Embedding(nn.Embedding):
+        def __init__(self):
+            super().__init__(12, 8)
+            self.embed_scale = torch.tensor(2.0)
+            self.end_of_image = nn.Parameter(torch.ones(8))
+
+        def forward(self, ids):
+            return torch.where((ids == 5).unsqueeze(-1), self.end_of_image, super().forward(ids) * self.embed_scale)
+
+    with pytest.raises(TargetError, match=r"0 \(Embedding\) is not supported"):
+        get_peft_model(nn.Sequential(Embedding()), config(target_modules=["0"]))
+    model = get_peft_model(nn.Sequential(Embedding()), config(target_modules=[], target_parameters=["0.weight"]))
+    expected = model(torch.arange(12))
+    assert (expected[5] == 1).all()
+    close(model.merge_and_unload()(torch.arange(12)), expected)
+
+
 @pytest.mark.parametrize("variant", ["bone", "bat-left"])
 @pytest.mark.parametrize(
     ("name", "tied"), [("Llama", False), ("Llama", True), ("Gemma3", True), ("GPT-2", True)], ids=lambda value: str(value)
