@@ -36,6 +36,7 @@ def test_init_weights_may_name_the_variant(variant):
         ({"variant": "bat", "init_weights": "mini"}, "name two variants"),
         ({"r": 0}, "`r` should be a positive integer"),
         ({"rank_pattern": {"q_proj": -4}}, "`r` should be a positive integer"),
+        ({"rank_pattern": {"(": 4}}, "`rank_pattern`=.*is not a regular expression"),
         ({"bias": "some"}, "Unknown bias 'some'"),
         ({"bone_dropout": 1.0}, "`bone_dropout` should be"),
         ({"exact_update": "false"}, "`exact_update` should be true or false, got 'false'"),

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from adapted_models import config
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bonetune import VARIANTS, BoneConv, BoneEmbedding, BoneLayer, BoneLinear, TargetError
+from bonetune import VARIANTS, BoneConv, BoneEmbedding, BoneLayer, BoneLinear, TargetError, hotswap_adapter
 from bonetune.ops import Update, merge
 from bonetune.tuner.parameter import ParamWrapper
 
@@ -260,6 +261,14 @@ class TestLayersThatAreReadInsteadOfCalled:
                 kept = slice(None) if mask is None else ~mask
                 torch.testing.assert_close(in_evaluation[kept], in_training[kept])
 
+    def test_unloading_gives_the_fast_path_back(self):
+        base = self.encoder()
+        before = base["encoder"].use_nested_tensor, base["encoder"].layers[1].activation_relu_or_gelu
+        model = get_peft_model(base, config(target_modules=["linear1"]))
+        assert not base["encoder"].layers[1].activation_relu_or_gelu
+        plain = model.merge_and_unload()["encoder"]
+        assert (plain.use_nested_tensor, plain.layers[1].activation_relu_or_gelu) == before
+
     def test_attentions_output_layer_is_refused(self):
         with pytest.raises(TargetError, match=r"self_attn\.out_proj is never called.*modules_to_save"):
             get_peft_model(self.encoder(), config(target_modules=["out_proj", "linear1"]))
@@ -296,3 +305,36 @@ class TestParameters:
         base = nn.ModuleDict({"a": nn.Linear(8, 8)})
         with pytest.raises(ValueError, match="not a valid target"):
             get_peft_model(base, config(target_modules=["a"], target_parameters=["a.weight"]))
+
+    def test_a_merged_parameter_has_no_base_rows(self):
+        model, x = made("experts", "bone")
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="call `unmerge_adapter` first"):
+            model(x, adapter_names=["__base__"] * 3)
+
+    def test_all_adapters_target_the_same_parameters(self):
+        model, x = made("experts, transposed", "bone")
+        expected = model(x)
+        with pytest.raises(ValueError, match=r"default has \['experts\.up'\], the new one \['experts\.mix'\]"):
+            model.add_adapter("other", config(target_modules=[], target_parameters=["experts.mix"]))
+        torch.testing.assert_close(model(x), expected)
+
+    def test_an_offloaded_parameter_is_refused(self):
+        model, x = made("experts", "bone")
+        cpu_offload(model)
+        with pytest.raises(ValueError, match="is offloaded"):
+            model(x)
+
+    @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")  # PEFT looks at modules alone
+    def test_a_rank_of_its_own_and_a_swap(self, tmp_path):
+        model, x = made("experts", "bone", rank_pattern={"experts.up": 2})
+        assert {m.parameter_name: m.bone_spec["default"].r for m in model.modules() if isinstance(m, ParamWrapper)} == {
+            "up": 2,
+            "mix": 4,
+        }
+        expected = model(x)
+        model.save_pretrained(tmp_path)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data.zero_()
+        hotswap_adapter(model, tmp_path)
+        torch.testing.assert_close(model(x), expected)

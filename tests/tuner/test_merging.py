@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
-from bonetune import VARIANTS, BoneLayer, BoneLinear, ShardSpec
+from bonetune import VARIANTS, BoneLayer, BoneLinear, InputError, ShardSpec, TargetError
 from bonetune.ops import Update, merge
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -181,6 +182,43 @@ def test_safe_merge_refuses_before_the_first_layer_is_touched(variant):
         assert not any(m.merged for m in model.modules() if isinstance(m, BoneLayer))
 
 
+def test_safe_merge_looks_at_the_adapters_layers_alone():
+    model = adapted("bone", target_modules=["q_proj"])
+    model.add_adapter("other", config("bone", target_modules=["up_proj"]))
+    up = model.base_model.model.model.layers[0].mlp.up_proj
+    up.base_layer.weight.data[0, 0] = torch.inf
+    model.merge_adapter(["default"], safe_merge=True)
+    assert not up.merged
+    with pytest.raises(ValueError, match=r"adapter other seems to be broken: .*0\.mlp\.up_proj"):
+        model.merge_adapter(["other", "default"], safe_merge=True)
+
+
+def test_a_merge_that_fails_midway_is_undone_on_all_layers():
+    model = adapted("bat", llama())
+    model.add_adapter("other", config("bone"))
+    model.merge_adapter(["other"])
+    before = copy.deepcopy(model.state_dict())
+    last = [m for m in model.modules() if isinstance(m, BoneLayer)][-1]
+    last.bone_block["default"].data = last.bone_block["default"].data[:-1]
+    with pytest.warns(UserWarning, match="additionally merging"), pytest.raises(ValueError, match="has shape"):
+        model.merge_adapter(["default"])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) or "bone_block.default" in name, name
+    assert {tuple(m.merged_adapters) for m in model.modules() if isinstance(m, BoneLayer)} == {("other",)}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_file_never_holds_a_merged_embedding(tmp_path):
+    """PEFT writes embeddings that are targeted into the file."""
+    model = adapted("bone", llama(), target_modules=["embed_tokens"])
+    model.merge_adapter()
+    with pytest.raises(InputError, match=r"embed_tokens has adapters merged.*call `unmerge_adapter` before saving"):
+        model.save_pretrained(tmp_path)
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+
+
 class TestCheapArithmetic:
     """`merge_adapter(exact_unmerge=False)` keeps nothing and computes the weights back."""
 
@@ -213,11 +251,40 @@ class TestCheapArithmetic:
         model.add_adapter("other", config("bat-row"))
         model.base_model.set_adapter(["default", "other"])
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match="different kinds: default, other"):
+        with pytest.raises(ValueError, match=r"different kinds \(default, other, into model\.layers\.0"):
             model.merge_adapter(exact_unmerge=False)
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
         expected = logits(model)
         torch.testing.assert_close(logits(model.merge_and_unload()), expected)
+
+    def test_on_top_of_it_nothing_is_promised_that_cannot_be_kept(self):
+        model = adapted("bat")
+        model.add_adapter("other", config("bat-row"))
+        model.add_adapter("third", config("bone"))
+        model.merge_adapter(["default"], exact_unmerge=False)
+        with pytest.raises(ValueError, match=r"default was merged into .*q_proj without keeping its weight"):
+            model.merge_adapter(["other"])
+        with pytest.raises(ValueError, match="different kinds"):
+            model.merge_adapter(["other"], exact_unmerge=False)
+        with pytest.warns(UserWarning, match="additionally merging third"):
+            model.merge_adapter(["default", "third"], exact_unmerge=False)
+        before = base_model().state_dict()
+        model.unmerge_adapter()
+        for name, tensor in model.base_model.model.state_dict().items():
+            if "base_layer" in name:
+                torch.testing.assert_close(tensor, before[name.replace("base_layer.", "")], rtol=1e-8, atol=1e-8)
+
+    @pytest.mark.parametrize("variant", ["bone", "bat"])
+    def test_an_adapter_that_is_trained_on_while_merged(self, variant):
+        model = adapted(variant, llama())
+        before = copy.deepcopy(model.state_dict())
+        model.merge_adapter(exact_unmerge=False)
+        for layer in (m for m in model.modules() if isinstance(m, BoneLayer)):
+            layer.bone_block["default"].data.mul_(-3)
+        model.unmerge_adapter()
+        for name, tensor in model.state_dict().items():
+            if "base_layer" in name:
+                torch.testing.assert_close(tensor, before[name], rtol=1e-4, atol=1e-5, msg=name)
 
     def test_a_merge_that_lost_information_stays_merged(self):
         """With B = -I the merged weight is -I whatever W was."""
@@ -299,6 +366,84 @@ class TestTiedEmbeddings:
         unseen = [i for i in range(320) if i not in IDS]
         assert trained[0].grad[:, unseen].ne(0).any()  # by the head
         assert trained[0].grad.ne(0).any()
+
+    def test_a_second_adapter_is_tied_too_and_saved(self, tmp_path):
+        settings = {"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True}
+        model = get_peft_model(llama(tie_word_embeddings=True), config("bone", **settings))
+        model.add_adapter("second", config("bat", **settings))
+        model.add_weighted_adapter(["second"], [0.5], "weighted")
+        inner = model.base_model.model
+        for name in ("second", "weighted"):
+            assert inner.lm_head.bone_block[name] is inner.model.embed_tokens.bone_block[name]
+        model.set_adapter("second")
+        expected = logits(model.eval())
+        model.save_pretrained(tmp_path, selected_adapters=["second"])
+        again = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path / "second")
+        torch.testing.assert_close(logits(again), expected)
+
+    @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+    @pytest.mark.parametrize("targets", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+    def test_a_loaded_adapter_is_tied_and_trains_on_as_one(self, targets, low_cpu_mem_usage, tmp_path):
+        settings = {"target_modules": ["q_proj"], "ensure_weight_tying": True} | targets
+        get_peft_model(llama(tie_word_embeddings=True), config("bone", **settings)).save_pretrained(tmp_path / "a")
+        fresh = llama(tie_word_embeddings=True)
+        model = PeftModel.from_pretrained(fresh, tmp_path / "a", is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            model(IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(tmp_path / "b")
+        again = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path / "b")
+        torch.testing.assert_close(logits(again.eval()), logits(model.eval()))
+
+    def test_a_tie_outlives_another_dtype(self):
+        base = llama(tie_word_embeddings=True)
+        model = get_peft_model(base, config("bone", target_modules=["lm_head"], ensure_weight_tying=True))
+        model.merge_adapter()
+        model.to(torch.bfloat16)
+        model.unmerge_adapter()
+        head, embedding = base.lm_head.base_layer.weight, base.model.embed_tokens.base_layer.weight
+        assert head is embedding
+        assert torch.equal(head, llama(tie_word_embeddings=True).bfloat16().lm_head.weight)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"rank_pattern": {"lm_head": 8}}, r"lm_head r=8 and model\.embed_tokens r=4"),
+            ({"exclude_modules": ["embed_tokens"]}, r"adapts model\.embed_tokens, which `exclude_modules` leaves out"),
+        ],
+    )
+    def test_what_cannot_be_one_is_refused_first(self, changes, message):
+        base = llama(tie_word_embeddings=True)
+        with pytest.raises(InputError, match=message):
+            get_peft_model(base, config(target_modules=["lm_head", "q_proj"], ensure_weight_tying=True, **changes))
+        assert not any(isinstance(m, BoneLayer) for m in base.modules())
+
+    def test_modules_to_save_of_a_second_adapter_are_refused(self):
+        settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}
+        model = get_peft_model(llama(tie_word_embeddings=True), config(**settings))
+        with pytest.warns(UserWarning, match="no tied modules"), pytest.raises(InputError, match="works for one adapter"):
+            model.add_adapter("second", config(**settings))
+
+    @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+    def test_embeddings_that_are_one_matrix_in_t5(self):
+        """Its `shared` is never called; adapters on the others part what one file can hold only as one."""
+        sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4, "vocab_size": 60}
+        with pytest.raises(TargetError, match=r"shared is never called: decoder\.embed_tokens, encoder\.embed_tokens have its"):
+            get_peft_model(T5ForConditionalGeneration(T5Config(**sizes)), config(target_modules=["shared"]))
+        parted = get_peft_model(T5ForConditionalGeneration(T5Config(**sizes)), config(target_modules=["embed_tokens"]))
+        with pytest.warns(UserWarning, match="had one weight have different ones after merging"):
+            parted.merge_and_unload()
+        base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+        model = get_peft_model(base, config(target_modules=["embed_tokens"], ensure_weight_tying=True)).eval()
+        blocks = {id(m.bone_block["default"]) for m in model.modules() if isinstance(m, BoneLayer)}
+        assert len(blocks) == 1
+        with torch.no_grad():
+            expected = model(input_ids=IDS, decoder_input_ids=IDS).logits
+            merged = model.merge_and_unload()
+            torch.testing.assert_close(merged(input_ids=IDS, decoder_input_ids=IDS).logits, expected, rtol=1e-3, atol=1e-4)
+        assert merged.shared.weight is merged.encoder.embed_tokens.weight is merged.decoder.embed_tokens.weight
 
     def test_modules_to_save(self):
         model = get_peft_model(

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model, inject_adapter
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from bonetune import VARIANTS, BoneLayer, BoneModel, SpecError
+from bonetune import VARIANTS, BoneLayer, BoneModel, SpecError, TargetError
 from bonetune.ops import delta
 from bonetune.tuner import BoneLinear
 
@@ -208,6 +208,13 @@ class TestErrors:
             get_peft_model(model, config(target_modules=["q_proj", "mlp"]))
         assert not any(isinstance(m, BoneLayer) for m in model.modules())
 
+    def test_modules_that_a_file_names_are_checked_first_too(self):
+        model = llama()
+        keys = ["model.layers.0.self_attn.q_proj", "model.layers.0.input_layernorm"]
+        with pytest.raises(TargetError, match=r"input_layernorm \(LlamaRMSNorm\) is not supported"):
+            inject_adapter_in_model(config(), model, state_dict={f"{key}.bone_block": torch.zeros(4, 32) for key in keys})
+        assert not any(isinstance(m, BoneLayer) for m in model.modules())
+
     def test_a_second_adapter_that_fails_leaves_the_first(self):
         model = adapted("bone")
         expected = logits(model)
@@ -256,3 +263,15 @@ def test_lora_beside_bone_is_still_lora():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.merge_and_unload()
+
+
+def test_peft_s_status_names_the_method():
+    assert adapted().get_model_status().peft_types == {"default": "BONE"}
+
+
+@pytest.mark.parametrize("pattern", ["layers", ["layers", "blocks"]])
+def test_layers_are_found_by_the_name_of_their_list(pattern):
+    model = adapted(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=pattern)
+    assert [n for n, m in model.named_modules() if isinstance(m, BoneLayer)] == [
+        "base_model.model.model.layers.1.self_attn.q_proj"
+    ]

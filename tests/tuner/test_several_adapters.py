@@ -6,7 +6,7 @@ from adapted_models import adapted, assert_follows_the_equations, base_model, co
 from conftest import llama
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from bonetune import VARIANTS, AdapterFileError, BoneLayer, InputError, hotswap_adapter
 from bonetune.tuner import mixed_batch
@@ -98,6 +98,15 @@ class TestRowsOfABatch:
         assert not any(module._forward_pre_hooks for module in model.modules())
         assert torch.equal(logits(model), before)
 
+    def test_a_position_table_has_no_rows(self):
+        torch.manual_seed(0)
+        base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=4, n_layer=1, vocab_size=60, n_positions=32)).eval()
+        model = get_peft_model(base, config(target_modules=["wte", "c_attn"]))
+        model(BATCH, adapter_names=["default"] * 4)
+        model.add_adapter("other", config(target_modules=["wpe"]))
+        with pytest.raises(ValueError, match=r"different adapters on transformer\.wpe, which is looked up by something else"):
+            model.eval()(BATCH, adapter_names=NAMES)
+
     def test_errors(self):
         model = pair("bone")
         with pytest.raises(ValueError, match=r"non-existing adapter\(s\): another. There are default, other, and __base__"):
@@ -180,6 +189,8 @@ class TestWeightedSums:
             (["default", "whole"], "lm_head is trained whole by whole", {}),
             (["default", "default"], "Unknown combination_type 'svd'.*`linear` is exact", {"combination_type": "svd"}),
             (["default", "default"], "needs a `density`", {"combination_type": "ties"}),
+            (["default", "default"], "at most 1, got 2", {"combination_type": "ties", "density": 2}),
+            (["default", "default"], "method 'most'", {"combination_type": "linear", "majority_sign_method": "most"}),
         ]
         for adapters, message, settings in cases:
             with pytest.raises(InputError, match=message):
@@ -225,6 +236,16 @@ class TestHotSwap:
         second.save_pretrained(tmp_path)
         hotswap_adapter(model, tmp_path)
         torch.testing.assert_close(logits(model), logits(second))
+
+    @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+    def test_an_embeddings_swap_leaves_what_another_adapter_merged(self, tmp_path):
+        model = adapted("bone", llama(), target_modules=["embed_tokens"])
+        model.save_pretrained(tmp_path)
+        model.add_adapter("other", config("bat", target_modules=["embed_tokens"]))
+        model.merge_adapter(["other"])
+        merged = model.base_model.model.model.embed_tokens.base_layer.weight.clone()
+        hotswap_adapter(model, tmp_path)
+        assert torch.equal(model.base_model.model.model.embed_tokens.base_layer.weight, merged)
 
     def test_what_does_not_fit_is_refused_and_changes_nothing(self, tmp_path):
         model = adapted("bat", llama())

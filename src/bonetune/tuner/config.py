@@ -113,6 +113,8 @@ class BoneConfig(PeftConfig):
             raise InputError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         for name in ("target_modules", "exclude_modules"):
             _check_regular_expression(name, getattr(self, name))
+        for pattern in self.rank_pattern:
+            _check_regular_expression("rank_pattern", pattern)
         for r in (self.r, *self.rank_pattern.values()):
             ShardSpec(parse_variant(self.variant), r, self.mini_r)
 

@@ -47,14 +47,15 @@ def hotswap_adapter(
             continue
         if adapter_name in layer.merged_adapters:
             raise InputError(f"Adapter {adapter_name!r} is merged: call `unmerge_adapter` before swapping it.")
-        there, coming = layer.bone_spec[adapter_name], new.spec(name)
+        there, coming = layer.bone_spec[adapter_name], new.spec(layer.pattern_name(name))
         if (there.variant, layer.tensor_shape(there)) != (coming.variant, layer.tensor_shape(coming)):
             raise InputError(
                 f"Only adapters of equal variant and r can be swapped, but on {name} the model has {there.variant} "
                 f"(r={there.r}) and {path} has {coming.variant} (r={coming.r}): use `load_adapter` instead."
             )
     # in host memory first, and onto each layer's own device from there
-    tensors = load_peft_weights(path, device="cpu", **kwargs)
+    # of an adapted embedding a file holds the frozen weight too, which is there, and may have other adapters merged
+    tensors = {k: t for k, t in load_peft_weights(path, device="cpu", **kwargs).items() if not k.endswith(".base_layer.weight")}
     if not wrapped:
         tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     with torch.no_grad():

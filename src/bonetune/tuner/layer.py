@@ -124,6 +124,15 @@ class BoneLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def pattern_name(self, module_name: str) -> str:
+        """What `rank_pattern` is matched against, for a layer of that name in the model."""
+        return module_name
+
+    @property
+    def keeps_original(self) -> bool:
+        """Whether it holds the weight that was there before a merge."""
+        return bool(self._original)
+
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The adapted layer; with `adapter_names`, each row of the batch by the adapter named for it."""
         if self.disable_adapters:
@@ -161,8 +170,7 @@ class BoneLayer(nn.Module, BaseTunerLayer):
         ]
 
     def _updates_by_row(self, x: Tensor, adapter_names: Sequence[str]) -> list[Update]:
-        if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters: call `unmerge_adapter` first.")
+        self._refuse_rows_while_merged()
         if len(x) != len(adapter_names):
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "
@@ -177,6 +185,10 @@ class BoneLayer(nn.Module, BaseTunerLayer):
             update._replace(rows=torch.tensor(rows[name], device=x.device))
             for name, update in zip(present, self.updates(present), strict=True)
         ]
+
+    def _refuse_rows_while_merged(self) -> None:
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters: call `unmerge_adapter` first.")
 
     def _dropout(self, name: str) -> nn.Module | None:
         dropout = self.bone_dropout[name] if self.training else None
@@ -268,7 +280,9 @@ class BoneLayer(nn.Module, BaseTunerLayer):
         return len({(u.spec.variant, u.spec.r) for u in updates if u.spec.blockwise}) <= 1
 
     def _updates_with_merged(self, adapter_names: Sequence[str]) -> list[Update]:
-        return [*self._merged_updates, *(u._replace(dropout=None) for u in self.updates(adapter_names))]
+        """Those that are merged, as they were merged, and these, which may be trained on meanwhile."""
+        new = [u._replace(theta=u.theta.detach().clone(), dropout=None) for u in self.updates(adapter_names)]
+        return [*self._merged_updates, *new]
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from bonetune.tuner.embedding import BoneEmbedding
 from bonetune.tuner.layer import NO_ADAPTER, BoneLayer
 
 
@@ -32,6 +33,7 @@ def adapters_by_row(model: nn.Module, adapter_names: Sequence[str], num_beams: i
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {', '.join(sorted(known))}, and "
             f"{NO_ADAPTER} for none."
         )
+    _refuse_tables_that_have_no_rows(model, set(adapter_names))
     encoder: Any = getattr(model, "get_encoder", lambda: None)() if num_beams and num_beams > 1 else None
     in_encoder = set() if encoder is None or encoder is model else {id(module) for module in encoder.modules()}
     repeated = [name for name in adapter_names for _ in range(num_beams or 1)]
@@ -42,6 +44,19 @@ def adapters_by_row(model: nn.Module, adapter_names: Sequence[str], num_beams: i
                 hook = module.register_forward_pre_hook(partial(_with_names, names), with_kwargs=True)
                 stack.callback(hook.remove)
         yield
+
+
+def _refuse_tables_that_have_no_rows(model: nn.Module, adapter_names: set[str]) -> None:
+    """Position tables are looked up by position, whatever the size of what they are called with."""
+    inputs = getattr(model, "get_input_embeddings", lambda: None)()
+    if inputs is None:
+        return
+    for name, layer in model.named_modules():
+        if isinstance(layer, BoneEmbedding) and layer.weight is not inputs.weight and adapter_names & set(layer.bone_block):
+            raise ValueError(
+                f"Rows of one batch cannot have different adapters on {name}, which is looked up by something else than the "
+                "rows' tokens: run each adapter's rows in a batch of their own."
+            )
 
 
 def _with_names(names: list[str], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -1,12 +1,11 @@
 """`BoneModel`: puts Bone layers in place of the modules a `BoneConfig` names. The rest is PEFT's `BaseTuner`."""
 
-import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import get_quantization_kwargs
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
@@ -15,13 +14,28 @@ from torch import Tensor, nn
 from bonetune.errors import BonetuneError, InputError, TargetError
 from bonetune.tuner.config import BoneConfig
 from bonetune.tuner.dequantize import dequantize_layers, forget_quantization, keep_readable
+from bonetune.tuner.embedding import BoneEmbedding
 from bonetune.tuner.held import list_rightly
 from bonetune.tuner.layer import BoneLayer
 from bonetune.tuner.loading import check_tensors, is_of_november_2024
+from bonetune.tuner.merges import (
+    all_or_none,
+    layers_of,
+    refuse_what_cannot_be_undone,
+    refuse_what_is_not_finite,
+    warn_of_requantization,
+)
 from bonetune.tuner.mixed_batch import adapters_by_row
 from bonetune.tuner.parameter import ParamWrapper
 from bonetune.tuner.targets import call_adapted_layers, check_targets, layer_class, what_can_be_targeted
-from bonetune.tuner.tying import keeping_ties, tie_modules_to_save, tie_targets
+from bonetune.tuner.tying import (
+    check_ties,
+    keeping_ties,
+    tie_adapter,
+    tie_modules_to_save,
+    tie_targets,
+    warning_of_parted_embeddings,
+)
 from bonetune.tuner.weighted import COMBINATIONS, combine, combined_config
 
 
@@ -47,28 +61,56 @@ class BoneModel(BaseTuner):
     prefix = "bone_"
     tuner_layer_cls = BoneLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+    # the modules that a file names, where it chooses what is adapted
+    _named: set[str] | None = None
+    # modules that have more than one name, by id
+    _shared: frozenset[int] | set[int] = frozenset()
+    # what `call_adapted_layers` changed: module, attribute, value before
+    _slow_paths: tuple[tuple[nn.Module, str, Any], ...] = ()
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         """`BaseTuner.inject_adapter`, which forgets the adapter again if it fails, and says what could be targeted.
 
         Args:
             model: the model to adapt.
             adapter_name: a key of `peft_config`.
-            args, kwargs: as PEFT documents them.
+            autocast_adapter_dtype: keep adapters in float32 where the base is narrower.
+            low_cpu_mem_usage: create the adapter's tensors on the meta device.
+            state_dict: an adapter's tensors; the modules that they name are adapted.
 
         Raises:
             SpecError, TargetError, peft.utils.error.NoMatchingPeftModuleError: as the class.
         """
+        names = (key.removeprefix("_orig_mod.").rsplit(f".{self.prefix}", 1)[0] for key in state_dict or ())
+        self._named = None if state_dict is None else set(names)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except NoMatchingPeftModuleError as error:
             self.peft_config.pop(adapter_name, None)
             raise NoMatchingPeftModuleError(f"{error} {what_can_be_targeted(model)}") from error
         except BonetuneError:
             self.peft_config.pop(adapter_name, None)
             raise
-        call_adapted_layers(model)
+        self._slow_paths = (*self._slow_paths, *call_adapted_layers(model))
         keep_readable(model)
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        for name, other in self.peft_config.items():
+            theirs = set(getattr(other, "target_parameters", None) or ())
+            if config.target_parameters and theirs and set(config.target_parameters) != theirs:
+                # their tensors are told apart by how the wrappers are nested alone
+                raise InputError(
+                    f"All adapters of a model that target parameters have to target the same ones: {name} has "
+                    f"{sorted(theirs)}, the new one {sorted(config.target_parameters)}."
+                )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and model_config["model_type"] not in self.target_module_mapping:
@@ -85,7 +127,7 @@ class BoneModel(BaseTuner):
         _maybe_include_all_linear_layers(peft_config, model)
         targets: dict[str, None] = {}
         first_names: dict[int, str] = {}
-        self._shared: set[int] = set()  # modules that have more than one name, by id
+        self._shared = shared = set[int]()
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules(remove_duplicate=False):
             if not name or name.startswith(inside or "."):
@@ -94,14 +136,16 @@ class BoneModel(BaseTuner):
                 inside += (name + ".",)
             first = first_names.setdefault(id(module), name)
             if first != name:
-                self._shared.add(id(module))
-            if not self._check_target_module_exists(peft_config, name) or first in targets:
+                shared.add(id(module))
+            named = self._check_target_module_exists(peft_config, name) if self._named is None else name in self._named
+            if not named or first in targets:
                 continue
             if first != name:
                 raise TargetError(
                     f"Target module {name} is the same module as {first}: target it by its first name, and both are adapted."
                 )
             targets[name] = None
+        check_ties(model, peft_config, targets)
         check_targets(model, list(targets), peft_config, get_quantization_kwargs(model))
 
     def _create_and_replace(
@@ -133,14 +177,13 @@ class BoneModel(BaseTuner):
             inference_mode=peft_config.inference_mode,
             where=current_key,
         )
-        if self._check_tied_module_exists(peft_config, current_key):
-            embedding: Any = self.model.get_input_embeddings()
-            layer.bone_block[adapter_name] = embedding.bone_block[adapter_name]
         if layer is not target:
             layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # a further adapter is not trained until it is made active
             self._replace_module(parent, target_name, layer, target)
+        if self._check_tied_module_exists(peft_config, current_key):
+            tie_adapter(self.model, peft_config, adapter_name)
 
     _create_and_replace_parameter = _create_and_replace
 
@@ -161,7 +204,7 @@ class BoneModel(BaseTuner):
             setattr(parent, child_name, new_module)
         if id(child) not in self._shared:
             return
-        self._shared.add(id(new_module))
+        self._shared = {*self._shared, id(new_module)}
         for module in self.model.modules():
             if module is not new_module:
                 for name in [name for name, inner in module._modules.items() if inner is child]:
@@ -185,23 +228,19 @@ class BoneModel(BaseTuner):
         Warns:
             UserWarning: quantized weights were rounded to their codes again; with the measured error.
         """
-        layers = self._layers()
-        if not exact_unmerge:
-            for layer in layers:
-                names = adapter_names or layer.active_adapters
-                if not layer.merged and not layer.can_be_computed_back(names):
-                    raise ValueError(f"Arithmetic cannot undo a merge of BAT adapters of different kinds: {', '.join(names)}.")
+        layers = layers_of(self.model)
+        refuse_what_cannot_be_undone(layers, adapter_names, exact_unmerge=exact_unmerge)
         if safe_merge:
-            _refuse_what_is_not_finite(layers, adapter_names)
-        for layer in layers:
+            refuse_what_is_not_finite(layers, adapter_names)
+        for layer in layers.values():
             layer.exact_unmerge = exact_unmerge
-        with keeping_ties(layers):
+        with all_or_none(layers), keeping_ties([*layers.values()]):
             super().merge_adapter(adapter_names, safe_merge)
         # what was kept is no longer in the model, unless another layer is tied to it
         shared = {id(parameter) for parameter in self.model.parameters()}
-        for layer in layers:
+        for layer in layers.values():
             layer.keep_original_on_host(shared)
-        _warn_of_requantization(layers)
+        warn_of_requantization(layers)
 
     def merge_and_unload(
         self,
@@ -230,27 +269,28 @@ class BoneModel(BaseTuner):
         Warns:
             UserWarning: quantized weights were rounded to their codes again; with the measured error.
         """
-        layers = self._layers()
+        layers = layers_of(self.model)
         if safe_merge:
-            _refuse_what_is_not_finite(layers, adapter_names)
+            refuse_what_is_not_finite(layers, adapter_names)
         plain, dtype = [], getattr(self.model, "dtype", None)
         if dequantize:
-            if any(layer.merged for layer in layers):
+            if any(layer.merged for layer in layers.values()):
                 raise ValueError("Some adapters are merged into quantized weights already: call `unmerge_adapter` first.")
             plain = dequantize_layers(self.model)
             forget_quantization(self.model)
-        for layer in layers:
+        for layer in layers.values():
             layer.exact_unmerge = False
         tied = self.get_model_config(self.model).get("tie_word_embeddings")
-        with warnings.catch_warnings(), keeping_ties(layers) as retied:
+        with warning_of_parted_embeddings(self.model), warnings.catch_warnings(), keeping_ties([*layers.values()]):
             if any(getattr(config, "ensure_weight_tying", False) for config in self.peft_config.values()):
                 warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")  # for a moment
             merged: Any = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        if tied and retied:
+        head = merged.get_output_embeddings() if tied else None
+        if head is not None and head.weight is merged.get_input_embeddings().weight:
             merged.config.tie_word_embeddings = True
         for module in plain:
             module.to(dtype)
-        _warn_of_requantization(layers)
+        warn_of_requantization(layers)
         return merged
 
     def add_weighted_adapter(
@@ -291,8 +331,10 @@ class BoneModel(BaseTuner):
                 f"Unknown combination_type {combination_type!r}: choose one of {', '.join(COMBINATIONS)}. (LoRA's `cat` and "
                 "`svd` rearrange factors, which this update has none of; `linear` is exact here.)"
             )
-        if combination_type != "linear" and density is None:
-            raise InputError(f"combination_type={combination_type!r} needs a `density` between 0 and 1.")
+        if combination_type != "linear" and not (isinstance(density, int | float) and 0 < density <= 1):
+            raise InputError(f"combination_type={combination_type!r} needs a `density` above 0 and at most 1, got {density!r}.")
+        if majority_sign_method not in ("total", "frequency"):
+            raise InputError(f"Unknown majority_sign_method {majority_sign_method!r}: choose 'total' or 'frequency'.")
         self.peft_config[adapter_name] = combined_config(self.model, self.peft_config, adapters, weights)
         self.inject_adapter(self.model, adapter_name)
         settings = {"density": density, "majority_sign_method": majority_sign_method}
@@ -308,14 +350,28 @@ class BoneModel(BaseTuner):
         with adapters_by_row(self.model, names, beams if isinstance(beams, int) else None):
             yield
 
-    def _layers(self) -> list[BoneLayer]:
-        return [module for module in self.model.modules() if isinstance(module, BoneLayer)]
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        for module, name, value in self._slow_paths:
+            setattr(module, name, value)
+        return unloaded
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT calls this after it offloaded what it loaded."""
+        """PEFT calls this when it has loaded an adapter, and offloaded it if the base is."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in self._layers():
+        for layer in layers_of(self.model).values():
             list_rightly(layer.bone_block, adapter_name)
+        tie_adapter(self.model, self.peft_config[adapter_name], adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        for name, layer in layers_of(model).items():
+            if isinstance(layer, BoneEmbedding) and layer.merged and adapter_name in layer.bone_block:
+                raise InputError(
+                    f"{name} has adapters merged, and PEFT would write its merged weight into the adapter's file, to be "
+                    "updated again when it is loaded: call `unmerge_adapter` before saving."
+                )
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -324,9 +380,9 @@ class BoneModel(BaseTuner):
         """Give a file's tensors the model's names, after checking that they are this adapter's tensors, all of them."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = {
-            f"{name}.bone_block.{adapter_name}": module
-            for name, module in model.named_modules()
-            if isinstance(module, BoneLayer) and adapter_name in module.bone_block
+            f"{name}.bone_block.{adapter_name}": layer
+            for name, layer in layers_of(model).items()
+            if adapter_name in layer.bone_block
         }
         if is_of_november_2024(config, layers, remapped):
             config.variant = "bat"
@@ -340,26 +396,3 @@ class BoneModel(BaseTuner):
                 )
         check_tensors(config, adapter_name, layers, remapped, known=set(model.state_dict()))
         return remapped
-
-
-def _refuse_what_is_not_finite(layers: Sequence[BoneLayer], adapter_names: list[str] | None) -> None:
-    """Raise what `safe_merge` would raise, before the first layer is merged."""
-    for layer in layers:
-        names = [name for name in adapter_names or layer.active_adapters if name not in layer.merged_adapters]
-        with onload_layer(layer):
-            layer.check_safe_merge(names)
-
-
-def _warn_of_requantization(layers: Sequence[BoneLayer]) -> None:
-    """One warning for all layers whose merged weights were just rounded to codes."""
-    measured = [layer.requantization for layer in layers if layer.requantization is not None]
-    for layer in layers:
-        layer.requantization = None
-    if measured:
-        share = statistics.median(error / update if update else float("inf") for error, update in measured)
-        warnings.warn(
-            f"{len(measured)} merged layers were quantized again: the rounding moved their weights by {share:.2g} times as "
-            "much as the update did (median of root mean squares), and the merged model is that far from what was trained. "
-            "`merge_and_unload(dequantize=True)` merges into the dequantized values.",
-            stacklevel=3,
-        )

@@ -52,11 +52,8 @@ class Original:
             self._restore_codes(layer, getattr(module, self.name, None))
             return
         now = getattr(module, self.name)
-        if self.parameter.dtype == now.dtype:
-            _move(self.parameter, now.device)
-            setattr(module, self.name, self.parameter)
-        else:
-            setattr(module, self.name, nn.Parameter(self.parameter.data.to(now.device, now.dtype), now.requires_grad))
+        _move(self.parameter, now.device, now.dtype)  # in place: another layer may be tied to it
+        setattr(module, self.name, self.parameter)
 
     def _restore_codes(self, layer: Any, now: Tensor | None) -> None:
         if layer.get_base_layer() is not self.module:
@@ -78,6 +75,6 @@ def put_weight(module: nn.Module, name: str, weight: Tensor) -> None:
     setattr(module, name, nn.Parameter(weight, requires_grad=bool(getattr(module, name).requires_grad)))
 
 
-def _move(parameter: nn.Parameter, device: torch.device) -> None:
-    if parameter.device != device and parameter.device.type != "meta":
-        parameter.data = parameter.data.to(device)
+def _move(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    if parameter.device.type != "meta" and (parameter.device, parameter.dtype) != (device, dtype or parameter.dtype):
+        parameter.data = parameter.data.to(device, dtype)

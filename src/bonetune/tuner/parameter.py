@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bonetune.errors import TargetError
+from bonetune.errors import InputError, TargetError
 from bonetune.ops import delta
 from bonetune.tuner.layer import BoneLayer
 
@@ -57,6 +57,9 @@ class ParamWrapper(BoneLayer):
                 raise
             return getattr(self.base_layer, name)
 
+    def pattern_name(self, module_name: str) -> str:
+        return f"{module_name.replace('.base_layer', '')}.{self.weight_name}"
+
     def matrices(self, stored: Tensor) -> Tensor:
         return stored.mT if self._transposed else stored
 
@@ -65,6 +68,8 @@ class ParamWrapper(BoneLayer):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What the module returns with the updated parameter."""
+        if adapter_names is not None and not self.disable_adapters:
+            self._refuse_rows_while_merged()
         if adapter_names is not None and any(name in self.bone_block for name in adapter_names):
             raise ValueError(
                 f"Rows of one batch cannot have different adapters on a parameter ({self.parameter_name}): run each adapter's "
@@ -78,6 +83,11 @@ class ParamWrapper(BoneLayer):
         if not updates:
             return self.base_layer(*args, **kwargs)
         stored = getattr(self.get_base_layer(), self.weight_name)
+        if stored.is_meta and not updates[0].theta.is_meta:
+            raise InputError(
+                f"Parameter {self.parameter_name} is offloaded, and its module fetches it when it is called: an adapter on it "
+                "needs it in memory. Merge the adapter, or leave the module out of the offloading."
+            )
         W = self.matrices(stored)
         updated = W + sum(u.scale * delta(W, u.theta.to(W.dtype), u.spec) for u in updates)
         return torch.func.functional_call(self.base_layer, {self._path: self.as_stored(updated)}, args, kwargs)

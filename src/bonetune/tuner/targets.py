@@ -31,8 +31,8 @@ def layer_class(module: nn.Module, quantization: dict[str, Any]) -> type[BoneLay
         return BoneConv if type(frozen).forward in [cls.forward for cls in CONVOLUTIONS] else None
     if isinstance(frozen, nn.Embedding):
         # nor would it be a lookup, but for the factor that Gemma's has
-        looks_up = type(frozen).forward is nn.Embedding.forward or hasattr(frozen, "embed_scale")
-        return BoneEmbedding if looks_up else None
+        scaled = hasattr(frozen, "embed_scale") and frozen._parameters.keys() == {"weight"}
+        return BoneEmbedding if scaled or type(frozen).forward is nn.Embedding.forward else None
     backend = resolve_quantization_backend(frozen, **quantization)
     return BoneLinear if backend is not None and backend.layer_type == "linear" else None
 
@@ -84,13 +84,23 @@ def what_can_be_targeted(model: nn.Module) -> str:
     return f"The model has Linear layers named {', '.join(sorted(names))}." if names else "The model has no Linear layer."
 
 
-def call_adapted_layers(model: nn.Module) -> None:
-    """Keep torch's Transformer encoder from its fast path in evaluation, which reads weights instead of calling layers."""
+def call_adapted_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Keep torch's Transformer encoder from its fast path in evaluation, which reads weights instead of calling layers.
+
+    Returns:
+        What was changed for that: module, attribute and the value that it had.
+    """
+    changed = []
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and _holds_an_adapter(module):
-            module.activation_relu_or_gelu = 0  # "neither": asked for by the fast path alone
-        if isinstance(module, nn.TransformerEncoder) and _holds_an_adapter(module):
-            module.use_nested_tensor = False
+        # "neither ReLU nor GELU" is asked for by the fast path alone
+        for kind, name, value in (
+            (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+            (nn.TransformerEncoder, "use_nested_tensor", False),
+        ):
+            if isinstance(module, kind) and getattr(module, name, value) and _holds_an_adapter(module):
+                changed.append((module, name, getattr(module, name)))
+                setattr(module, name, value)
+    return changed
 
 
 def _all_sides(
