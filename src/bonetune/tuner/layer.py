@@ -269,7 +269,7 @@ class BoneLayer(nn.Module, BaseTunerLayer):
                 "(they are on the meta device). Load them first; an offloaded model should be offloaded without "
                 "`preload_module_classes`."
             )
-        merged = self.as_stored(merge(self.matrices(frozen), updates))
+        merged = self.as_stored(merge(self.matrices(frozen), _on(frozen.device, updates)))
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken")
         return merged
@@ -313,7 +313,7 @@ class BoneLayer(nn.Module, BaseTunerLayer):
         now = base_weight(self, self.weight_name)
         if self._original:
             return self._original[0].weight.to(now.device, now.dtype)
-        return self.as_stored(unmerge(self.matrices(now), self._merged_updates)) if self.merged else now
+        return self.as_stored(unmerge(self.matrices(now), _on(now.device, self._merged_updates))) if self.merged else now
 
     def _put_weight(self, weight: Tensor, frozen: Tensor | None = None) -> None:
         """Give the base layer another weight, quantized if the layer is; with `frozen`, measure what that costs."""
@@ -330,6 +330,11 @@ class BoneLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "bone." + super().__repr__()
+
+
+def _on(device: torch.device, updates: Sequence[Update]) -> list[Update]:
+    """The updates where the weight is now: what was merged may have been elsewhere."""
+    return [update._replace(theta=update.theta.to(device)) for update in updates]
 
 
 def _rms(tensor: Tensor) -> float:
