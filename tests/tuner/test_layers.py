@@ -261,6 +261,11 @@ class TestLayersThatAreReadInsteadOfCalled:
                 kept = slice(None) if mask is None else ~mask
                 torch.testing.assert_close(in_evaluation[kept], in_training[kept])
 
+    def test_all_linear_is_all_that_is_called(self):
+        model = get_peft_model(self.encoder(), config(target_modules="all-linear"))
+        adapted = {name.rsplit(".", 1)[1] for name, m in model.named_modules() if isinstance(m, BoneLayer)}
+        assert adapted == {"linear1", "linear2"}
+
     def test_unloading_gives_the_fast_path_back(self):
         base = self.encoder()
         before = base["encoder"].use_nested_tensor, base["encoder"].layers[1].activation_relu_or_gelu

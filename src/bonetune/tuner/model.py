@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import get_quantization_kwargs
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
@@ -27,7 +27,14 @@ from bonetune.tuner.merges import (
 )
 from bonetune.tuner.mixed_batch import adapters_by_row
 from bonetune.tuner.parameter import ParamWrapper
-from bonetune.tuner.targets import call_adapted_layers, check_targets, layer_class, what_can_be_targeted
+from bonetune.tuner.targets import (
+    call_adapted_layers,
+    check_targets,
+    find_targets,
+    layer_class,
+    never_called,
+    what_can_be_targeted,
+)
 from bonetune.tuner.tying import (
     check_ties,
     keeping_ties,
@@ -124,29 +131,16 @@ class BoneModel(BaseTuner):
 
     def _prepare_model(self, peft_config: BoneConfig, model: nn.Module) -> None:
         """Check every target before the first one is replaced."""
+        everything = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         _maybe_include_all_linear_layers(peft_config, model)
-        targets: dict[str, None] = {}
-        first_names: dict[int, str] = {}
-        self._shared = shared = set[int]()
-        inside: tuple[str, ...] = ()
-        for name, module in model.named_modules(remove_duplicate=False):
-            if not name or name.startswith(inside or "."):
-                continue
-            if hasattr(module, "base_layer"):  # a tuner layer, whose own parts are no targets
-                inside += (name + ".",)
-            first = first_names.setdefault(id(module), name)
-            if first != name:
-                shared.add(id(module))
-            named = self._check_target_module_exists(peft_config, name) if self._named is None else name in self._named
-            if not named or first in targets:
-                continue
-            if first != name:
-                raise TargetError(
-                    f"Target module {name} is the same module as {first}: target it by its first name, and both are adapted."
-                )
-            targets[name] = None
+        if everything:
+            peft_config.target_modules = set(peft_config.target_modules or ()) - never_called(model)
+        if (named := self._named) is None:
+            targets, self._shared = find_targets(model, lambda name: bool(self._check_target_module_exists(peft_config, name)))
+        else:
+            targets, self._shared = find_targets(model, named.__contains__)
         check_ties(model, peft_config, targets)
-        check_targets(model, list(targets), peft_config, get_quantization_kwargs(model))
+        check_targets(model, targets, peft_config, get_quantization_kwargs(model))
 
     def _create_and_replace(
         self,

@@ -1,6 +1,6 @@
 """Which modules and parameters an adapter can sit on, checked before the first one is replaced."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -35,6 +35,34 @@ def layer_class(module: nn.Module, quantization: dict[str, Any]) -> type[BoneLay
         return BoneEmbedding if scaled or type(frozen).forward is nn.Embedding.forward else None
     backend = resolve_quantization_backend(frozen, **quantization)
     return BoneLinear if backend is not None and backend.layer_type == "linear" else None
+
+
+def find_targets(model: nn.Module, matches: Callable[[str], bool]) -> tuple[list[str], set[int]]:
+    """Names of the modules that match, outside other tuner layers, and the ids of the modules that have several names.
+
+    Raises:
+        TargetError: a module of several names, of which the first does not match.
+    """
+    targets: dict[str, None] = {}
+    first_names: dict[int, str] = {}
+    shared: set[int] = set()
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or name.startswith(inside or "."):
+            continue
+        if hasattr(module, "base_layer"):  # a tuner layer, whose own parts are no targets
+            inside += (name + ".",)
+        first = first_names.setdefault(id(module), name)
+        if first != name:
+            shared.add(id(module))
+        if not matches(name) or first in targets:
+            continue
+        if first != name:
+            raise TargetError(
+                f"Target module {name} is the same module as {first}: target it by its first name, and both are adapted."
+            )
+        targets[name] = None
+    return list(targets), shared
 
 
 def check_targets(model: nn.Module, modules: list[str], config: BoneConfig, quantization: dict[str, Any]) -> None:
@@ -84,6 +112,11 @@ def what_can_be_targeted(model: nn.Module) -> str:
     return f"The model has Linear layers named {', '.join(sorted(names))}." if names else "The model has no Linear layer."
 
 
+def never_called(model: nn.Module) -> set[str]:
+    """Names of Linear layers whose weight is read instead: an adapter there would change nothing."""
+    return {f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+
+
 def call_adapted_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """Keep torch's Transformer encoder from its fast path in evaluation, which reads weights instead of calling layers.
 
@@ -106,9 +139,7 @@ def call_adapted_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 def _all_sides(
     model: nn.Module, modules: list[str], config: BoneConfig, quantization: dict[str, Any]
 ) -> Iterator[tuple[str, tuple[int, int]]]:
-    never_called = {
-        id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
-    }  # its weight is read instead
+    read = never_called(model)
     for name in modules:
         module = model.get_submodule(name)
         frozen, cls = _frozen(module), layer_class(module, quantization)
@@ -119,7 +150,7 @@ def _all_sides(
                 "`torch.nn.Embedding` are supported: leave it out of `target_modules`, name its parameters in "
                 "`target_parameters`, or train it whole through `modules_to_save`."
             )
-        if id(frozen) in never_called:
+        if name in read:
             raise TargetError(
                 f"Target module {name} is never called: `torch.nn.MultiheadAttention` reads its weight, so an adapter there "
                 "would change nothing. Leave it out of `target_modules`, or train the attention whole through "
@@ -132,7 +163,7 @@ def _all_sides(
             raise InputError(
                 f"`bone_dropout` cannot be defined for the parameter {name}: what enters its update is not seen. Use 0."
             )
-        if id(module) in never_called:
+        if name.rpartition(".")[0] in read:
             raise TargetError(f"Parameter {name} cannot be adapted: `torch.nn.MultiheadAttention` never calls its module.")
         yield name, ParamWrapper.sides(module, parameter)
 
