@@ -45,11 +45,8 @@ class FrozenBase:
         return y if self.bias is None else y - self.bias.to(y.dtype)
 
     def weight(self) -> Tensor:
-        if self._bare:
-            # the Parameter itself, or a view of it: saving it for backward costs nothing
-            weight = self._base._parameters["weight"]
-            return weight.T if isinstance(self._base, Conv1D) else weight
-        weight = base_weight(self._layer)
+        # of a bare layer the Parameter itself, or a view of it: saving it for backward costs nothing
+        weight = self._base._parameters["weight"] if self._bare else base_weight(self._layer)
         return weight.T if isinstance(self._layer.get_base_layer(), Conv1D) else weight
 
     @property

@@ -9,7 +9,7 @@ from torch import nn
 
 from bonetune.errors import InputError
 from bonetune.tuner.config import BoneConfig
-from bonetune.tuner.layer import BoneLayer
+from bonetune.tuner.layer import layers_of
 
 
 def hotswap_adapter(
@@ -42,8 +42,8 @@ def hotswap_adapter(
     if not isinstance(new, BoneConfig):
         raise InputError(f"{path} holds an adapter of another method ({new.peft_type}).")
     wrapped = hasattr(peft_model, "get_base_model")
-    for name, layer in (peft_model.get_base_model() if wrapped else peft_model).named_modules():
-        if not isinstance(layer, BoneLayer) or adapter_name not in layer.bone_block:
+    for name, layer in layers_of(peft_model.get_base_model() if wrapped else peft_model).items():
+        if adapter_name not in layer.bone_block:
             continue
         if adapter_name in layer.merged_adapters:
             raise InputError(f"Adapter {adapter_name!r} is merged: call `unmerge_adapter` before swapping it.")

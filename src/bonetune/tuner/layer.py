@@ -136,9 +136,7 @@ class BoneLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The adapted layer; with `adapter_names`, each row of the batch by the adapter named for it."""
         if self.disable_adapters:
-            if self.merged:
-                with onload_layer(self):  # for a base layer that accelerate offloaded, and with it the merged weight
-                    self.unmerge()
+            self._unmerge_disabled()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             updates = self._updates_by_row(x, adapter_names)
@@ -185,6 +183,11 @@ class BoneLayer(nn.Module, BaseTunerLayer):
             update._replace(rows=torch.tensor(rows[name], device=x.device))
             for name, update in zip(present, self.updates(present), strict=True)
         ]
+
+    def _unmerge_disabled(self) -> None:
+        if self.merged:
+            with onload_layer(self):  # for a base layer that accelerate offloaded, and with it the merged weight
+                self.unmerge()
 
     def _refuse_rows_while_merged(self) -> None:
         if self.merged:
@@ -330,6 +333,16 @@ class BoneLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "bone." + super().__repr__()
+
+
+def layers_of(model: nn.Module) -> dict[str, BoneLayer]:
+    """The adapted layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BoneLayer)}
+
+
+def name_without_adapters(name: str) -> str:
+    """The name that a module has in the model without adapters."""
+    return name.replace(".base_layer", "")
 
 
 def _on(device: torch.device, updates: Sequence[Update]) -> list[Update]:

@@ -6,14 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import onload_layer
-from torch import nn
 
 from bonetune.tuner.layer import BoneLayer
-
-
-def layers_of(model: nn.Module) -> dict[str, BoneLayer]:
-    """The adapted layers by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BoneLayer)}
 
 
 def refuse_what_is_not_finite(layers: Mapping[str, BoneLayer], adapter_names: Sequence[str] | None) -> None:

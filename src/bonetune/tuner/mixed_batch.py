@@ -9,7 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from bonetune.tuner.embedding import BoneEmbedding
-from bonetune.tuner.layer import NO_ADAPTER, BoneLayer
+from bonetune.tuner.layer import NO_ADAPTER, BoneLayer, layers_of
 
 
 @contextmanager
@@ -26,8 +26,7 @@ def adapters_by_row(model: nn.Module, adapter_names: Sequence[str], num_beams: i
         raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    layers = [module for module in model.modules() if isinstance(module, BoneLayer)]
-    known = {name for layer in layers for name in layer.bone_block}
+    known = {name for layer in layers_of(model).values() for name in layer.bone_block}
     if unknown := sorted(set(adapter_names) - known - {NO_ADAPTER}):
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {', '.join(sorted(known))}, and "
@@ -51,7 +50,7 @@ def _refuse_tables_that_have_no_rows(model: nn.Module, adapter_names: set[str]) 
     inputs = getattr(model, "get_input_embeddings", lambda: None)()
     if inputs is None:
         return
-    for name, layer in model.named_modules():
+    for name, layer in layers_of(model).items():
         if isinstance(layer, BoneEmbedding) and layer.weight is not inputs.weight and adapter_names & set(layer.bone_block):
             raise ValueError(
                 f"Rows of one batch cannot have different adapters on {name}, which is looked up by something else than the "

@@ -11,16 +11,15 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_M
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from bonetune.errors import BonetuneError, InputError, TargetError
+from bonetune.errors import BonetuneError, InputError
 from bonetune.tuner.config import BoneConfig
 from bonetune.tuner.dequantize import dequantize_layers, forget_quantization, keep_readable
 from bonetune.tuner.embedding import BoneEmbedding
 from bonetune.tuner.held import list_rightly
-from bonetune.tuner.layer import BoneLayer
+from bonetune.tuner.layer import BoneLayer, layers_of
 from bonetune.tuner.loading import check_tensors, is_of_november_2024
 from bonetune.tuner.merges import (
     all_or_none,
-    layers_of,
     refuse_what_cannot_be_undone,
     refuse_what_is_not_finite,
     warn_of_requantization,
@@ -158,10 +157,10 @@ class BoneModel(BaseTuner):
             layer: Any = target if there else ParamWrapper(target, parameter_name, **quantization)
         elif isinstance(target, BoneLayer):
             layer = target
-        elif (cls := layer_class(target, quantization)) is not None:
+        else:
+            cls = layer_class(target, quantization)
+            assert cls is not None, current_key  # `_prepare_model` has checked all targets
             layer = cls(target, **quantization)
-        else:  # where modules were named by a state dict
-            raise TargetError(f"Target module {current_key} ({type(target).__name__}) is not supported.")
         layer.update_layer(
             adapter_name,
             peft_config.spec(current_key),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bonetune.errors import InputError, TargetError
 from bonetune.ops import delta
-from bonetune.tuner.layer import BoneLayer
+from bonetune.tuner.layer import BoneLayer, name_without_adapters
 
 
 class ParamWrapper(BoneLayer):
@@ -30,7 +30,6 @@ class ParamWrapper(BoneLayer):
 
     def __init__(self, base_layer: nn.Module, parameter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, parameter_name, **kwargs)
-        self.parameter_name = parameter_name
         self._transposed = _is_transposed(self.get_base_layer())
 
     @classmethod
@@ -42,6 +41,11 @@ class ParamWrapper(BoneLayer):
                 "can be adapted. Train the module whole through `modules_to_save`."
             )
         return (int(shape[-1]), int(shape[-2])) if _is_transposed(module) else (int(shape[-2]), int(shape[-1]))
+
+    @property
+    def parameter_name(self) -> str:
+        """The adapted parameter's name, under the name by which PEFT asks for it."""
+        return self.weight_name
 
     @property
     def number_of_matrices(self) -> int | None:
@@ -58,7 +62,7 @@ class ParamWrapper(BoneLayer):
             return getattr(self.base_layer, name)
 
     def pattern_name(self, module_name: str) -> str:
-        return f"{module_name.replace('.base_layer', '')}.{self.weight_name}"
+        return f"{name_without_adapters(module_name)}.{self.weight_name}"
 
     def matrices(self, stored: Tensor) -> Tensor:
         return stored.mT if self._transposed else stored
@@ -75,8 +79,8 @@ class ParamWrapper(BoneLayer):
                 f"Rows of one batch cannot have different adapters on a parameter ({self.parameter_name}): run each adapter's "
                 "rows in a batch of their own."
             )
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        if self.disable_adapters:
+            self._unmerge_disabled()
         updates = (
             [] if adapter_names is not None or self.disable_adapters or self.merged else self.updates(self.active_adapters)
         )

@@ -16,7 +16,7 @@ from bonetune.tuner.convolution import BoneConv
 from bonetune.tuner.dequantize import unreadable
 from bonetune.tuner.embedding import BoneEmbedding
 from bonetune.tuner.frozen import CONVOLUTIONS
-from bonetune.tuner.layer import BoneLayer
+from bonetune.tuner.layer import BoneLayer, layers_of, name_without_adapters
 from bonetune.tuner.linear import BoneLinear
 from bonetune.tuner.parameter import ParamWrapper
 
@@ -99,7 +99,7 @@ def targeted_parameters(model: nn.Module, config: BoneConfig) -> Iterator[tuple[
         if isinstance(module, BaseTunerLayer):
             continue
         for name, _ in module.named_parameters(recurse=False):
-            full = f"{module_name.replace('.base_layer', '')}.{name}"
+            full = f"{name_without_adapters(module_name)}.{name}"
             if any(full == target or full.endswith(f".{target}") for target in wanted):
                 yield full, module, name
 
@@ -188,4 +188,4 @@ def _frozen(module: nn.Module) -> nn.Module:
 
 
 def _holds_an_adapter(module: nn.Module) -> bool:
-    return any(isinstance(inner, BoneLayer) for inner in module.modules())
+    return bool(layers_of(module))

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import find_parameter_name_by_module
 from torch import nn
 
 from bonetune.errors import InputError, TargetError
-from bonetune.tuner.layer import BoneLayer
+from bonetune.tuner.layer import BoneLayer, name_without_adapters
 
 
 def tie_targets(model: Any, config: Any, tied: Sequence[str]) -> None:
@@ -26,7 +26,7 @@ def tie_targets(model: Any, config: Any, tied: Sequence[str]) -> None:
     else:
         config.target_modules = {*(config.target_modules or ()), embedding}
     # a module that has adapters already is named by what is under them
-    config.target_modules_to_tie = {name.replace(".base_layer", "") for name in tied}
+    config.target_modules_to_tie = {name_without_adapters(name) for name in tied}
 
 
 def tie_modules_to_save(model: Any, config: Any, tied: Sequence[str]) -> None:
@@ -117,12 +117,12 @@ def _embeddings_of_one_weight(model: nn.Module) -> list[dict[str, nn.Module]]:
     groups: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
-            groups.setdefault(id(_weight(module)), {})[name.replace(".base_layer", "")] = module
+            groups.setdefault(id(_weight(module)), {})[name_without_adapters(name)] = module
     return [group for group in groups.values() if len(group) > 1]
 
 
 def _embedding_name(model: Any) -> str:
-    return find_parameter_name_by_module(model, model.get_input_embeddings()).replace(".base_layer", "")
+    return name_without_adapters(find_parameter_name_by_module(model, model.get_input_embeddings()))
 
 
 def _weight(module: nn.Module) -> Any:

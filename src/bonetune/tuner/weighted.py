@@ -12,7 +12,7 @@ from torch import nn
 
 from bonetune.errors import InputError
 from bonetune.tuner.config import BoneConfig
-from bonetune.tuner.layer import BoneLayer
+from bonetune.tuner.layer import BoneLayer, layers_of
 
 # by name: what is done with the tensors of one layer, given their weights and the user's settings
 COMBINATIONS = {
@@ -85,6 +85,6 @@ def combine(
 
 
 def _layers(model: nn.Module, adapters: Sequence[str]) -> Iterator[tuple[str, BoneLayer]]:
-    for key, layer in model.named_modules():
-        if isinstance(layer, BoneLayer) and any(name in layer.bone_block for name in adapters):
+    for key, layer in layers_of(model).items():
+        if any(name in layer.bone_block for name in adapters):
             yield key, layer
