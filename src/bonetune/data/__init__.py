@@ -1,19 +1,33 @@
 """From files of rows to masked token sequences and batches."""
 
-from bonetune.data.encoding import Encoded, Lengths, collate, encode_rows, prompt_tokens
+from bonetune.data.encoding import Lengths, encode_rows
+from bonetune.data.examples import Encoded, EncodedSet
 from bonetune.data.formats import PAPER_PROMPT, RowFormat, Segment
 from bonetune.data.generated import reasoning_problems
-from bonetune.data.reading import read_rows
+from bonetune.data.preflight import Finding
+from bonetune.data.prepare import Prepared, prepare
+from bonetune.data.reading import read_rows, stream_rows
+from bonetune.data.show import marked, pieces
+from bonetune.data.streaming import ExampleStream, stream
+from bonetune.data.tokens import prompt_tokens
 
 __all__ = [
     "PAPER_PROMPT",
     "Encoded",
+    "EncodedSet",
+    "ExampleStream",
+    "Finding",
     "Lengths",
+    "Prepared",
     "RowFormat",
     "Segment",
-    "collate",
     "encode_rows",
+    "marked",
+    "pieces",
+    "prepare",
     "prompt_tokens",
     "read_rows",
     "reasoning_problems",
+    "stream",
+    "stream_rows",
 ]

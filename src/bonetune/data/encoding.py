@@ -1,42 +1,63 @@
-"""Rows to token ids with labels, and those to padded batches."""
+"""Rows to examples of at most so many tokens, and those to padded batches."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from bonetune.data.formats import RowFormat, Segment
+from bonetune.data.examples import IGNORED, Encoded, EncodedSet
+from bonetune.data.formats import RowFormat, TaskName
+from bonetune.data.labelled import classification_examples, rewriting_examples
+from bonetune.data.tokens import NumberedRow, causal_examples
 from bonetune.errors import InputError
 
-IGNORED = -100  # the label of a token that is not supervised, as everywhere in transformers
-Truncation = Literal["error", "drop", "left", "right"]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One example: token ids, labels equal to them where supervised, else `IGNORED`, and its row's number from 1."""
-
-    input_ids: list[int]
-    labels: list[int]
-    row: int = 0
-
-    @property
-    def supervised(self) -> int:
-        """Number of tokens the loss is computed on: the first token of a sequence is never predicted."""
-        return sum(label != IGNORED for label in self.labels[1:])
+Truncation = Literal["error", "drop", "left", "right", "split"]
+# To be raised when the same rows and settings come to make other examples: cached ones are made anew then.
+VERSION = 2
+# Rows tokenized at a time: a fast tokenizer takes the texts of a list side by side.
+CHUNK = 256
+# What `Lengths` counts of rows that are not in a set as they were.
+COUNTS = ("dropped", "truncated", "empty", "silenced")
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What a data set looks like in tokens, for people."""
+    """What a data set looks like in tokens, for people.
+
+    Args:
+        examples: how many there are.
+        tokens: of all inputs.
+        supervised: tokens that the loss is computed on; of a classifier, examples.
+        longest: tokens of the longest example.
+        dropped: rows that were longer and left out.
+        truncated: rows that were longer and cut.
+        empty: rows of plain text with nothing in them, left out.
+        silenced: rows that were longer and lost all that is supervised when they were cut, left out.
+    """
 
     examples: int
     tokens: int
     supervised: int
     longest: int
     dropped: int = 0
+    truncated: int = 0
+    empty: int = 0
+    silenced: int = 0
+
+    @classmethod
+    def of(cls, examples: EncodedSet, task_type: TaskName = "CAUSAL_LM", **counts: int) -> "Lengths":
+        """Those of a set; `counts` are of the rows that are not in it as they were."""
+        causal = task_type == "CAUSAL_LM"
+        return cls(
+            examples=len(examples),
+            tokens=int(examples.lengths.sum()),
+            supervised=int((examples.supervised if causal else examples.labelled).sum()),
+            longest=int(examples.lengths.max(initial=0)),
+            **counts,
+        )
 
 
 def encode_rows(
@@ -45,8 +66,12 @@ def encode_rows(
     tokenizer: Any,
     max_length: int,
     truncation: Truncation = "error",
-) -> tuple[list[Encoded], Lengths]:
-    """Tokenize, mask and check a data set.
+    *,
+    completion_only_loss: bool = True,
+    task_type: TaskName = "CAUSAL_LM",
+    classes: Sequence[str] = (),
+) -> tuple[EncodedSet, Lengths]:
+    """Tokenize and mask a data set.
 
     Args:
         rows: the rows.
@@ -54,102 +79,147 @@ def encode_rows(
         tokenizer: a Hugging Face tokenizer with an end-of-text token.
         max_length: largest number of tokens of an example.
         truncation: what becomes of longer ones: `error` refuses the data set, `drop` leaves them out, `left` cuts off their
-            beginning, `right` their end (and with it the end-of-text token).
+            beginning, `right` their end (and with it the end-of-text token), `split` cuts plain text into several, each of
+            which begins with the last token of the one before, so that every token is predicted once. Where nothing
+            supervised is left of one that was cut, it is left out.
+        completion_only_loss: whether a causal language model's prompts are masked.
+        task_type: what the model is for.
+        classes: a classifier's, as `bonetune.data.labelled.find_classes` gives them.
 
     Raises:
-        InputError: rows that do not fit the format, examples longer than max_length, or examples without a supervised token.
+        InputError: rows that do not fit the format, examples longer than max_length, or no example that is not.
     """
-    if tokenizer.eos_token_id is None:
-        raise InputError("The tokenizer has no end-of-text token, so a model could never learn to stop: set eos_token.")
-    # a chat template opens a text itself
-    opening = [] if row_format.kind == "messages" else opening_tokens(tokenizer)
-    encoded = []
-    for number, row in enumerate(rows, 1):
-        row_format.check(row, number)
-        ids, labels = _join(opening, row_format.segments(row, tokenizer), tokenizer)
-        encoded.append(Encoded(ids, labels, number))
-    kept = _fit(encoded, max_length, truncation)
-    if not kept:
-        raise InputError(f"All {len(encoded)} examples are longer than max_length={max_length}: raise max_length.")
-    silent = [example.row for example in kept if not example.supervised]
-    if silent:
+    _check_settings(row_format, tokenizer, max_length, truncation, task_type)
+    outcomes = Counter[str]()
+
+    def made() -> Iterator[Encoded]:
+        for examples, outcome in _made(
+            rows, row_format, tokenizer, max_length, truncation, completion_only_loss, task_type, classes
+        ):
+            outcomes[outcome] += 1
+            yield from examples
+
+    examples = EncodedSet(made())
+    if outcomes["long"]:
+        sizes = np.sort(np.maximum(examples.lengths, examples.labelled))
+        modes = "drop, left, right or split" if row_format.kind == "text" else "drop, left or right"
         raise InputError(
-            f"{len(silent)} of {len(kept)} examples have no supervised token (the first is row {silent[0]}): their loss "
-            "would be zero and nothing would be learned. Check for empty answers, and max_length and truncation."
+            f"{outcomes['long']} of {len(sizes)} examples are longer than max_length={max_length} tokens (99th percentile "
+            f"{sizes[min(len(sizes) - 1, int(0.99 * len(sizes)))]}, longest {sizes[-1]}). Raise max_length, or choose "
+            f"truncation: {modes}."
         )
-    return kept, Lengths(
-        examples=len(kept),
-        tokens=sum(len(e.input_ids) for e in kept),
-        supervised=sum(e.supervised for e in kept),
-        longest=max(len(e.input_ids) for e in kept),
-        dropped=len(encoded) - len(kept),
-    )
-
-
-def _join(opening: list[int], segments: Sequence[Segment], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids and labels of the opening tokens and the segments."""
-    ids, labels = list(opening), [IGNORED] * len(opening)
-    for segment in segments:
-        tokens = tokenizer(segment.text, add_special_tokens=False).input_ids
-        ids += tokens
-        labels += tokens if segment.supervised else [IGNORED] * len(tokens)
-    return ids, labels
-
-
-def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt's token ids as training saw them: with the tokenizer's opening tokens, once.
-
-    Raises `InputError` if there are none, so that a model would have nothing to go on from.
-    """
-    opening, ids = opening_tokens(tokenizer), tokenizer(prompt, add_special_tokens=False).input_ids
-    ids = ids if ids[: len(opening)] == opening else opening + ids
-    if not ids:
-        raise InputError("An empty prompt, and a tokenizer without an opening token: there is nothing to go on from.")
-    return ids
-
-
-def opening_tokens(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer itself puts before a text (a BOS token, or nothing)."""
-    bare, full = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-    return full[: full.index(bare[0])] if bare and bare[0] in full else []
-
-
-def _fit(examples: list[Encoded], max_length: int, truncation: Truncation) -> list[Encoded]:
-    lengths = sorted(len(e.input_ids) for e in examples)
-    too_long = sum(length > max_length for length in lengths)
-    if not too_long:
-        return examples
-    match truncation:
-        case "error":
-            percentile = lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))]
+    if not len(examples):
+        if outcomes["dropped"]:
+            raise InputError(f"All {outcomes['dropped']} examples are longer than max_length={max_length}: raise max_length.")
+        if outcomes["silenced"]:
             raise InputError(
-                f"{too_long} of {len(lengths)} examples are longer than max_length={max_length} tokens (99th percentile "
-                f"{percentile}, longest {lengths[-1]}). Raise max_length, or choose truncation: drop, left or right."
+                f"All {outcomes['silenced']} examples have no supervised token left when they are cut to "
+                f"max_length={max_length} (truncation: {truncation}): raise max_length."
             )
-        case "drop":
-            return [e for e in examples if len(e.input_ids) <= max_length]
-        case "left":
-            return [Encoded(e.input_ids[-max_length:], e.labels[-max_length:], e.row) for e in examples]
-        case "right":
-            return [Encoded(e.input_ids[:max_length], e.labels[:max_length], e.row) for e in examples]
+        raise InputError("No row has any text.")
+    return examples, Lengths.of(examples, task_type, **counts_of(outcomes))
 
 
-def collate(pad_token_id: int) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
-    """A collator: right-padded `input_ids`, `attention_mask` and `labels`, each (batch, longest), int64.
+def counts_of(outcomes: Mapping[str, int]) -> dict[str, int]:
+    """The counts of `Lengths` among what became of rows."""
+    return {name: outcomes.get(name, 0) for name in COUNTS}
 
-    Padding is masked by position, never by id, so that a padding token that is also the end of text stays supervised.
+
+def encode_stream(
+    rows: Iterable[dict[str, Any]],
+    row_format: RowFormat,
+    tokenizer: Any,
+    max_length: int,
+    truncation: Truncation = "drop",
+    *,
+    completion_only_loss: bool = True,
+    task_type: TaskName = "CAUSAL_LM",
+    classes: Sequence[str] = (),
+    outcomes: Counter[str] | None = None,
+) -> Iterator[Encoded]:
+    """The examples of `encode_rows`, made as they are asked for, `CHUNK` rows at a time.
+
+    What becomes of each row is counted in `outcomes`, under the names of `Lengths`.
+
+    Raises `InputError` at once for truncation: error, which needs to have seen all rows, and for a bad row when it comes.
     """
+    _check_settings(row_format, tokenizer, max_length, truncation, task_type)
+    if truncation == "error":
+        raise InputError("A stream meets long examples under way (truncation: error): choose drop, left or right.")
+    made = _made(rows, row_format, tokenizer, max_length, truncation, completion_only_loss, task_type, classes)
+    counted = Counter[str]() if outcomes is None else outcomes
 
-    def batch(examples: Sequence[Encoded]) -> dict[str, Tensor]:
-        longest = max(len(e.input_ids) for e in examples)
+    def examples_of() -> Iterator[Encoded]:
+        for examples, outcome in made:
+            counted[outcome] += 1
+            yield from examples
 
-        def padded(rows: Sequence[list[int]], value: int) -> Tensor:
-            return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+    return examples_of()
 
-        return {
-            "input_ids": padded([e.input_ids for e in examples], pad_token_id),
-            "attention_mask": padded([[1] * len(e.input_ids) for e in examples], 0),
-            "labels": padded([e.labels for e in examples], IGNORED),
-        }
 
-    return batch
+def _check_settings(
+    row_format: RowFormat, tokenizer: Any, max_length: int, truncation: Truncation, task_type: TaskName
+) -> None:
+    if tokenizer.eos_token_id is None and task_type != "SEQ_CLS":
+        raise InputError("The tokenizer has no end-of-text token, so a model could never learn to stop: set eos_token.")
+    if truncation == "split" and row_format.kind != "text":
+        raise InputError(f"truncation: split is for plain text, not for {row_format.kind}: choose drop, left or right.")
+    if truncation == "split" and max_length < 2:
+        raise InputError(f"truncation: split needs a max_length of 2 or more, not {max_length}.")
+
+
+def _made(
+    rows: Iterable[dict[str, Any]],
+    row_format: RowFormat,
+    tokenizer: Any,
+    max_length: int,
+    truncation: Truncation,
+    completion_only_loss: bool,
+    task_type: TaskName,
+    classes: Sequence[str],
+) -> Iterator[tuple[list[Encoded], str]]:
+    """What each row becomes, and what happened to it: whole, long (and refused later), or one of `COUNTS`."""
+
+    def examples_of(chunk: list[NumberedRow], longest: int | None = None) -> list[Encoded]:
+        side = "left" if truncation == "left" else "right"
+        if task_type == "SEQ_CLS":
+            return classification_examples(chunk, row_format, tokenizer, classes, longest, side)
+        if task_type == "SEQ_2_SEQ_LM":
+            return rewriting_examples(chunk, row_format, tokenizer, longest, side)
+        return causal_examples(chunk, row_format, tokenizer, completion_only_loss)
+
+    numbered = enumerate(rows, 1)
+    while chunk := list(islice(numbered, CHUNK)):
+        for number, row in chunk:
+            row_format.check(row, number)
+        full = [(number, row) for number, row in chunk if row_format.kind != "text" or row[row_format.fields[0]].strip()]
+        yield from (([], "empty") for _ in range(len(chunk) - len(full)))
+        for numbered_row, example in zip(full, examples_of(full), strict=True):
+            if max(len(example.input_ids), len(example.labels)) <= max_length:
+                yield [example], "whole"
+            elif truncation == "error":
+                yield [example], "long"
+            elif truncation == "drop":
+                yield [], "dropped"
+            elif task_type == "CAUSAL_LM":
+                cut = _cut(example, max_length, truncation)
+                silenced = example.supervised and not any(part.supervised for part in cut)
+                yield ([], "silenced") if silenced else (cut, "truncated")
+            else:
+                yield examples_of([numbered_row], max_length), "truncated"
+
+
+def _cut(example: Encoded, max_length: int, truncation: Truncation) -> list[Encoded]:
+    size = len(example.input_ids)
+    if truncation == "left":
+        starts = [size - max_length]
+    elif truncation == "right":
+        starts = [0]
+    else:
+        starts = list(range(0, size - 1, max_length - 1))
+    return [_part(example, start, start + max_length) for start in starts]
+
+
+def _part(example: Encoded, start: int, stop: int) -> Encoded:
+    labels = example.labels[start + 1 : stop]
+    return Encoded(example.input_ids[start:stop], [IGNORED, *labels], example.row)
