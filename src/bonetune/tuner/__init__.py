@@ -9,6 +9,7 @@ from bonetune.tuner.linear import BoneLinear
 from bonetune.tuner.miss import accelerate_miss
 from bonetune.tuner.model import BoneModel
 from bonetune.tuner.registry import register
+from bonetune.tuner.whole_modules import train_whole_modules_in_float32
 
 __all__ = [
     "BoneConfig",
@@ -20,4 +21,5 @@ __all__ = [
     "accelerate_miss",
     "hotswap_adapter",
     "register",
+    "train_whole_modules_in_float32",
 ]

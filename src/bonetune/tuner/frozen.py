@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from bonetune.tuner.held import whole
 
-_AT_REST = (nn.Parameter, Tensor)
+_AT_REST = (nn.Parameter, Tensor, FakeTensor)
 _NAMES = {"weight", "bias"}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BARE = {nn.Linear, Conv1D, *CONVOLUTIONS}
