@@ -55,7 +55,7 @@ def test_one_seed_one_result(tmp_path, tiny):
 
 def test_a_gain_is_claimed_only_above_both_baselines():
     def result(untrained, frequent, trained):
-        certificate = Certificate(1, 1, 0.0, 1.0, 0.0, 1.0, None, 0.0, 1.0, "float32")
+        certificate = Certificate(1, 1, 0.0, 1.0, 0.0, 1.0, None, 0.0, 1.0, "float32", "float32")
         proportions = [Proportion(correct, 100) for correct in (untrained, frequent, trained)]
         return demonstration.DemoResult("bone", 1, *proportions, 0.0, certificate, {}, "")
 

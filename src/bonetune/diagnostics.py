@@ -2,7 +2,10 @@
 
 import os
 import platform
+import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("bonetune", "torch", "peft", "transformers", "accelerate", "datasets", "trl", "safetensors")
@@ -28,3 +31,33 @@ def environment() -> dict[str, Any]:
         "mps": torch.backends.mps.is_available(),
         **{package: version(package) for package in _PACKAGES},
     }
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held: of the GPU's memory if it uses one, else resident in memory."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether there are changes, of the checkout that `folder` is in; None outside of one."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603, S607
+
+    try:
+        commit = git("rev-parse", "HEAD")
+    except OSError:  # no git
+        return None
+    if commit.returncode:
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(git("status", "--porcelain").stdout.strip())}

@@ -27,3 +27,7 @@ class TargetError(InputError, TypeError):
 
 class RunError(BonetuneError):
     """A run or a merge that went wrong although its input was in order. The command line exits with 1."""
+
+
+class Terminated(RunError):  # noqa: N818  (it is no error that a run ends when it is asked to)
+    """A run that was asked to end by SIGTERM, and left a checkpoint. The command line exits with 143."""

@@ -11,8 +11,10 @@ from typing import Any
 
 from bonetune.errors import InputError
 
-# What a training run leaves beside its adapter and others read: its settings for evaluation, some prompts for a merge.
-RUN_FILE, PROMPTS_FILE = "run.yaml", "prompts.jsonl"
+# What a training run leaves beside its adapter and others read: its settings, some prompts for a merge, what it was in numbers.
+RUN_FILE, PROMPTS_FILE, SUMMARY_FILE = "run.yaml", "prompts.jsonl", "summary.json"
+# What a merge leaves beside the adapter and the merged model.
+CERTIFICATE_FILE = "certificate.json"
 
 
 @contextmanager
@@ -43,6 +45,11 @@ def folder_written_beside(path: Path, *, replace: bool = False) -> Iterator[Path
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $XDG_CACHE_HOME/bonetune."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bonetune"
 
 
 def usable_folder(path: Path, name: str) -> None:
@@ -91,3 +98,11 @@ def read_json_lines(path: Path) -> list[Any]:
             if number < len(lines) - 1:
                 raise
     return values
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The settings of the run that made an adapter, from the run.yaml beside it; none if there is no such file."""
+    import yaml
+
+    file = folder / RUN_FILE
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -7,11 +7,12 @@ import torch
 from conftest import llama
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import bonetune
 from bonetune.errors import InputError, RunError, SpecError
 from bonetune.spec import VARIANTS
-from bonetune.training import plan
+from bonetune.training import folder, plan
 
 WORDS = ["the", "quick", "brown", "fox", "lazy", "dog"]
 
@@ -28,6 +29,7 @@ def settings(tmp_path, model_folder):
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
         "max_steps": 6,
+        "sample_prompts": 0,
     }
 
 
@@ -187,7 +189,8 @@ def test_resuming_passes_over_what_is_no_whole_checkpoint(settings, tmp_path):
     (run / "checkpoint-6" / "optimizer.pt").unlink()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
-    assert bonetune.train(settings, {"max_steps": 7, "save_steps": 3}, resume=True).steps == 7
+    with pytest.warns(UserWarning, match=r"checkpoint-6 lacks optimizer\.pt: passed over"):
+        assert bonetune.train(settings, {"max_steps": 7, "save_steps": 3}, resume=True).steps == 7
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 8))
 
@@ -236,3 +239,94 @@ def test_more_that_cannot_be(settings, tmp_path, change, message):
 def test_resume_and_overwrite_exclude_each_other(settings):
     with pytest.raises(InputError, match="pass one of them"):
         bonetune.train(settings, resume=True, overwrite=True)
+
+
+class TestGoingOnPastTheEnd:
+    """A finished run that is given more steps: what told of its old end must not pass for the new one."""
+
+    class StopError(Exception):
+        pass
+
+    def stop(self, progress):
+        raise self.StopError
+
+    def test_what_tells_of_the_old_end_is_gone_while_it_goes_on(self, settings, tmp_path):
+        bonetune.train(settings | {"max_steps": 2})
+        (tmp_path / "run" / "certificate.json").write_text("{}")
+        with pytest.raises(self.StopError):
+            bonetune.train(settings, {"max_steps": 4}, resume=True, on_progress=self.stop)
+        left = {path.name for path in (tmp_path / "run").iterdir()}
+        assert not left & {"adapter_model.safetensors", "adapter_config.json", "summary.json", "certificate.json", "README.md"}
+        assert bonetune.train(settings, {"max_steps": 4}, resume=True).steps == 4
+
+    def test_other_samples(self, settings, tmp_path):
+        bonetune.train(settings | {"max_steps": 2, "sample_prompts": 3, "sample_tokens": 2})
+        bonetune.train(settings, {"max_steps": 3, "sample_prompts": 1, "sample_tokens": 2}, resume=True)
+        (sample,) = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+        assert set(sample) == {"prompt", "expected", "before", "after"}
+
+    def test_the_rate_is_the_longer_schedules_from_the_first_step_on(self, settings, tmp_path):
+        settings |= {"lr_scheduler_type": "linear", "warmup_steps": 0}
+        bonetune.train(settings | {"max_steps": 4})
+        bonetune.train(settings, {"max_steps": 8}, resume=True)
+        rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert rates[4:] == pytest.approx([1e-3 * left / 8 for left in (4, 3, 2, 1)])
+
+    def test_a_closing_that_was_cut_off_is_done_again(self, settings, tmp_path):
+        bonetune.train(settings)
+        for name in ("summary.json", "README.md", "loss.png"):
+            (tmp_path / "run" / name).unlink()
+        assert bonetune.train(settings, resume=True).steps == 6
+        assert (tmp_path / "run" / "README.md").is_file()
+
+
+def test_overwriting_takes_the_old_tokenizer_along_and_leaves_other_peoples_files(settings, tmp_path):
+    bonetune.train(settings)
+    (tmp_path / "run" / "checkpoint-notes.txt").write_text("mine")
+    (tmp_path / "run" / "rank0-bad_batch.json").write_text("{}")
+    folder.clear(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-notes.txt"]
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}])
+def test_whatever_is_trained_is_trained_in_float32(settings, more):
+    planned = plan(settings | {"dtype": "bfloat16"} | more)
+    assert {p.dtype for p in planned.model.parameters() if p.requires_grad} == {torch.float32}
+    assert planned.model.get_base_model().model.norm.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_head_trained_whole_learns_in_small_steps(settings, tmp_path, dtype):
+    settings |= {"dtype": dtype, "modules_to_save": ["lm_head"], "learning_rate": 1e-6, "max_steps": 3}
+    before = AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"]).lm_head.weight
+    bonetune.train(settings)
+    (after,) = [t for n, t in load_file(tmp_path / "run" / "adapter_model.safetensors").items() if "lm_head" in n]
+    assert after.dtype == torch.float32
+    moved = (after - before.to(getattr(torch, dtype)).float()).ne(0).float().mean()
+    assert moved > 0.9
+    assert bonetune.evaluate(str(tmp_path / "run"), ["loss"], data=settings["dataset_name"])[0].score > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fp16": True}, "fp16 needs a GPU"),
+        ({"report_to": ["wandb"]}, "report_to wandb needs a package that is not installed: pip install wandb"),
+    ],
+)
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="of a machine without a GPU")
+def test_what_this_machine_lacks(settings, change, message):
+    with pytest.raises(InputError, match=message):
+        plan(settings | change)
+
+
+def test_the_model_s_own_folder_is_no_output_dir(settings):
+    with pytest.raises(InputError, match="output_dir is the model's own folder"):
+        plan(settings | {"output_dir": settings["model_name_or_path"]})
+
+
+def test_a_schedule_that_heeds_evaluations_gets_each_once(settings, tmp_path):
+    bonetune.train(settings | {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_size": 4, "max_steps": 16})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["step"] for line in lines if "eval_loss" in line]
+    assert evaluated == [0, 8, 16]

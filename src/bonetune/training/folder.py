@@ -1,17 +1,31 @@
 """The folder of a run: what lies in it, whom it belongs to, from which checkpoint a run goes on."""
 
 import shutil
+import warnings
 from pathlib import Path
 
 from bonetune.errors import InputError
-from bonetune.files import PROMPTS_FILE, RUN_FILE, usable_folder
+from bonetune.files import CERTIFICATE_FILE, PROMPTS_FILE, RUN_FILE, SUMMARY_FILE, usable_folder
+from bonetune.training.checkpoints import checkpoints, last_good
+from bonetune.training.checkpoints import sweep as sweep_checkpoints
 from bonetune.training.config import RunConfig, load_config
 
-METRICS_FILE, PLOT_FILE = "metrics.jsonl", "loss.png"
-# What may differ when a run goes on: how long it goes, what it reports and keeps, where it lies.
+METRICS_FILE, PLOT_FILE, REPORT_FILE, CARD_FILE = "metrics.jsonl", "loss.png", "report.html", "README.md"
+SAMPLES_FILE, ENVIRONMENT_FILE, BAD_BATCH_FILE = "samples.jsonl", "environment.json", "bad_batch.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What is written after the last step, the card last of all.
+CLOSING_FILES = (*ADAPTER_FILES, SUMMARY_FILE, PLOT_FILE, REPORT_FILE, CERTIFICATE_FILE, CARD_FILE)
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+# What may differ when a run goes on: how long it goes, what it reports and keeps, where it lies, how it computes the same.
 MAY_CHANGE_ON_RESUME = {
     *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "output_dir"),
-    *("eval_dataset_name", "eval_dataset_split", "eval_steps"),
+    *("eval_dataset_name", "eval_dataset_split", "eval_steps", "per_device_eval_batch_size"),
+    *("report_to", "run_name", "rehearsal", "sample_prompts", "sample_tokens", "cache_tokens"),
+    # examples of a step are a matter of their product with the number of devices, which is checked
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
 
 
@@ -22,35 +36,52 @@ def claim(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
     if resume and overwrite:
         raise InputError("--resume goes on with the run in output_dir, --overwrite throws it away: pass one of them.")
     if resume:
-        checkpoints = sorted(filter(_is_whole, folder.glob("checkpoint-*")), key=step_of)
-        if not checkpoints:
-            raise InputError(f"output_dir {folder} holds no checkpoint to resume from.")
+        checkpoint, passed_over = last_good(folder)
+        for sentence in passed_over:
+            warnings.warn(sentence, stacklevel=2)
+        if checkpoint is None:
+            raise InputError(f"output_dir {folder} holds no {'whole ' if passed_over else ''}checkpoint to resume from.")
         _check_same_run(folder / RUN_FILE, config)
-        return checkpoints[-1]
+        return checkpoint
     if _left_by_a_run(folder) and not overwrite:
         raise InputError(f"output_dir {folder} already holds a run: pass --overwrite or --resume, or choose another.")
     return None
 
 
+def finished(folder: Path) -> bool:
+    """Whether the run in `folder` has written all that it writes after its last step."""
+    return all((folder / name).exists() for name in (*ADAPTER_FILES, SUMMARY_FILE, CARD_FILE))
+
+
+def reopen(folder: Path) -> None:
+    """Take away what tells of an end that the run, going on, no longer has; it comes again with the new one."""
+    sweep(folder)
+    for name in CLOSING_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed, or gave up, left half-done."""
+    sweep_checkpoints(folder)
+    for staged in folder.glob(f".{folder.name}-*"):
+        shutil.rmtree(staged, ignore_errors=True)
+    for file in (folder / BAD_BATCH_FILE, *folder.glob(f"rank*-{BAD_BATCH_FILE}")):
+        file.unlink(missing_ok=True)
+
+
 def clear(folder: Path) -> None:
     """Take away what an earlier run left; other files stay."""
+    sweep(folder)
     for path in _left_by_a_run(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step at which a checkpoint was written."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def _left_by_a_run(folder: Path) -> list[Path]:
-    names = (RUN_FILE, METRICS_FILE, PROMPTS_FILE, PLOT_FILE, "adapter_config.json", "adapter_model.safetensors")
-    return [*(folder / name for name in names if (folder / name).exists()), *folder.glob("checkpoint-*")]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    files = ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
-    return checkpoint.name.rpartition("-")[2].isdigit() and all((checkpoint / name).is_file() for name in files)
+    names = {RUN_FILE, METRICS_FILE, PROMPTS_FILE, SAMPLES_FILE, ENVIRONMENT_FILE, BAD_BATCH_FILE, *CLOSING_FILES} - {CARD_FILE}
+    found = [folder / name for name in sorted(names) if (folder / name).exists()] + checkpoints(folder)
+    if found:  # alone, a README or a tokenizer is somebody else's
+        found += [folder / name for name in (CARD_FILE, *_TOKENIZER_FILES) if (folder / name).exists()]
+    return found
 
 
 def _check_same_run(file: Path, config: RunConfig) -> None:

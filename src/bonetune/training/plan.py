@@ -1,65 +1,182 @@
 """Everything up to the first step: settings, data and model read and checked, nothing written."""
 
+import importlib.util
+import json
 import math
+import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from peft import TaskType, get_peft_model
 from transformers import set_seed
 
-from bonetune.data import Encoded, Lengths, RowFormat, encode_rows, read_rows
+from bonetune.data import Encoded, EncodedSet, ExampleStream, Finding, Lengths, RowFormat, prepare, stream
+from bonetune.data.batches import Batch, BatchPlan
 from bonetune.errors import InputError
-from bonetune.models import Loaded, load_base
-from bonetune.training.config import RunConfig, load_config, make_config, parse_overrides
-from bonetune.training.folder import claim, step_of
+from bonetune.losses import check_loss
+from bonetune.models import Loaded, load_base, load_tokenizer, packed_attention, packing_obstacle
+from bonetune.training.checkpoints import step_of
+from bonetune.training.config import RunConfig, load_config, make_config
+from bonetune.training.folder import claim, finished
 from bonetune.training.learning_rate import default_learning_rate, lora_sized
-from bonetune.tuner import BoneConfig
+from bonetune.training.loader import muted
+from bonetune.training.settings import AdapterSettings
+from bonetune.training.tasks import Task, task_named
+from bonetune.tuner import BoneConfig, train_whole_modules_in_float32
 
 # How many training prompts a run keeps beside its adapter, for the certificate of a merge.
 KEPT_PROMPTS = 16
+# What a checkpoint says of the data it was trained on.
+DATA_FILE = "data.json"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has passed all checks and can start."""
+    """A run that has passed all checks and can start.
+
+    Args:
+        config: the settings.
+        task: what the model is trained for.
+        loaded: base model and tokenizer.
+        model: the base model with its adapter.
+        train: the training examples; of a stream, its first ones.
+        stream: where they come from if they are read as they are needed.
+        evaluation: held-out examples.
+        batches: which examples make which step.
+        packing: whether examples are laid end to end.
+        lengths: the data in numbers.
+        findings: what is remarkable in the data.
+        learning_rate: the peak.
+        notes: what the user should know.
+        prompts: questions of the training set with their answers, for reports and certificates.
+        opened: whether a chat template made them.
+        row_format: how the (first) data set's rows are read.
+        world: number of devices.
+        checkpoint: where the run goes on from.
+        classes: a classifier's; none for regression; None for other tasks.
+        supervised: (examples,), what each training example adds to the number that a step's loss is divided by.
+    """
 
     config: RunConfig
+    task: Task
     loaded: Loaded
     model: Any
-    train: list[Encoded]
-    evaluation: list[Encoded] | None
+    train: EncodedSet
+    stream: ExampleStream | None
+    evaluation: EncodedSet | None
+    batches: BatchPlan
+    packing: bool
     lengths: Lengths
+    findings: tuple[Finding, ...]
     learning_rate: float
     notes: list[str]
-    prompts: list[str]
+    prompts: list[tuple[str, str]]
+    opened: bool
+    row_format: RowFormat
+    world: int = 1
     checkpoint: Path | None = None
+    classes: tuple[str, ...] | None = None
+    supervised: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run, on one device."""
-        config = self.config
-        if config.max_steps is not None:
-            return config.max_steps
-        batches = -(-len(self.train) // config.per_device_train_batch_size)
-        return math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))
+        """Optimizer steps of the whole run."""
+        if self.config.max_steps is not None:
+            return self.config.max_steps
+        return math.ceil(round(self.config.num_train_epochs * self.batches.steps, 6))
 
     @property
     def trainable_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
+    @cached_property
+    def collate(self) -> Callable[[Sequence[Encoded]], Batch]:
+        """Examples to tensors."""
+        return self.task.collator(self.loaded.tokenizer.pad_token_id, self.packing)
+
+    def attention(self) -> AbstractContextManager[object]:
+        """To be open while the model is trained: how it attends to packed examples."""
+        return packed_attention(self.loaded.model, self.config.attn_implementation) if self.packing else nullcontext()
+
+    def batch(self, examples: Sequence[Encoded]) -> Batch:
+        """Examples as one forward's batch that is a whole step."""
+        members = EncodedSet(examples)
+        counted = {"supervised": int(self.task.supervised(members).sum()), "tokens": int(members.lengths.sum())}
+        return self.collate(examples) | counted | {"examples": []}
+
+    def worst_batch(self) -> Batch:
+        """The longest examples of all in one forward: no batch of the run is larger."""
+        longest = np.argsort(-self.train.lengths, kind="stable")[: self.config.per_device_train_batch_size]
+        numbers = longest if self.stream is None else self.train.rows[longest]
+        return self.batch([self.train[int(i)] for i in longest]) | {"examples": numbers.tolist()}
+
+    def evaluation_batches(self, world: int = 1, rank: int = 0) -> Iterator[Batch]:
+        """This device's batches of the evaluation set, the longest examples first; equally many on each device."""
+        examples = self.evaluation or EncodedSet([])
+        size = self.config.per_device_eval_batch_size or self.config.per_device_train_batch_size
+        order = np.argsort(-examples.lengths, kind="stable")
+        cut = [order[start : start + size] for start in range(0, len(order), size)]
+        for number in range(rank, -(-len(cut) // world) * world, world):
+            if number < len(cut):
+                yield self.batch([examples[int(i)] for i in cut[number]])
+            else:  # all devices take part in each forward
+                yield self.batch([muted(examples[int(order[-1])])]) | {"supervised": 0}
+
+    def describe_examples(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Examples for people: row, tokens, text."""
+        examples = [(number, self.train[number]) for number in numbers] if self.stream is None else []
+        decode = self.loaded.tokenizer.decode
+        found = [{"row": e.row, "tokens": len(e.input_ids), "text": decode(e.input_ids)} for _, e in examples]
+        return found or [{"row": number} for number in numbers]
+
+    def summary(self) -> dict[str, Any]:
+        """The run in numbers, as summary.json holds it."""
+        config, lengths = self.config, self.lengths
+        return {
+            "base": self.loaded.base,
+            "variant": config.variant,
+            "r": config.r,
+            "trainable_parameters": self.trainable_parameters,
+            "total_parameters": sum(p.numel() for p in self.model.parameters()),
+            "row_format": {
+                "kind": self.row_format.kind,
+                "fields": list(self.row_format.fields),
+                "conversational": self.opened,
+            },
+            "examples": lengths.examples,
+            "tokens": lengths.tokens,
+            "supervised": lengths.supervised,
+            "longest": lengths.longest,
+            "steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "classes": self.classes,
+            "packing": self.packing,
+            "devices": self.world,
+            "notes": self.notes,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
     def describe(self) -> str:
-        """The run in two sentences, for people."""
+        """The run in a few sentences, for people."""
         config, lengths = self.config, self.lengths
         total = sum(p.numel() for p in self.model.parameters())
-        dropped = f" ({lengths.dropped} longer ones dropped)" if lengths.dropped else ""
+        out = lengths.dropped + lengths.silenced
+        dropped = f" ({out} too long ones left out)" if out else ""
+        devices = f" on {self.world} devices" if self.world > 1 else ""
+        first = "The first " if self.stream else ""
         return (
             f"{config.variant}, r={config.r}: {self.trainable_parameters:,} trainable parameters "
             f"({100 * self.trainable_parameters / total:.2f}% of {total:,}) on {self.loaded.base}. "
-            f"{lengths.examples:,} examples{dropped}, {lengths.tokens:,} tokens of which {lengths.supervised:,} supervised, "
-            f"the longest {lengths.longest}; {self.steps:,} steps, peak learning rate {self.learning_rate:g}."
+            f"{first}{lengths.examples:,} examples{dropped}, {lengths.tokens:,} tokens of which {lengths.supervised:,} are "
+            f"supervised, the longest {lengths.longest}; {self.steps:,} steps of {self.batches.batch_size} examples{devices}, "
+            f"{'packed' if self.packing else 'padded'}; peak learning rate {self.learning_rate:g}."
         )
 
 
@@ -74,28 +191,169 @@ def plan(
 
     Nothing is written. Arguments and errors are those of `train`.
     """
-    config = _resolved(config, overrides)
+    config = resolved(config, overrides)
+    _check_surroundings(config)
     checkpoint = claim(config, resume=resume, overwrite=overwrite)
-    rows = read_rows(config.dataset_name, config.dataset_split)
-    row_format = RowFormat.detect(rows[0], config.dataset_field, config.prompt_template)
-    loaded = load_base(config.model_name_or_path, config.dtype)
-    encoded, lengths = encode_rows(rows, row_format, loaded.tokenizer, config.max_length, config.truncation)
-    evaluation = None
-    if config.eval_dataset_name is not None:
-        held_out = read_rows(config.eval_dataset_name, config.eval_dataset_split)
-        evaluation, _ = encode_rows(held_out, row_format, loaded.tokenizer, config.max_length, config.truncation)
+    task = task_named(config.task_type)
+    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    data = read_data(config, tokenizer)
+    set_seed(config.seed)  # a classifier's head is drawn when it is loaded
+    loaded = load_base(
+        config.model_name_or_path,
+        config.dtype,
+        task_type=config.task_type,
+        quantization=config.quantization,
+        double_quantization=config.bnb_4bit_use_double_quant,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        classes=data.classes,
+        tokenizer=tokenizer,
+    )
     rate, notes = _learning_rate(config)
-    set_seed(config.seed)
+    vocabulary = getattr(loaded.model.get_input_embeddings(), "num_embeddings", 0)
     model = get_peft_model(loaded.model, adapter_config(config))
+    train_whole_modules_in_float32(model)
     _check_saved_modules(config, model)
-    kept = [rows[example.row - 1] for example in encoded[:KEPT_PROMPTS]]
-    prompts = [row_format.question_and_answer(row, loaded.tokenizer)[0] for row in kept]
-    planned = Plan(config, loaded, model, encoded, evaluation, lengths, rate, notes, prompts, checkpoint)
-    if checkpoint is not None and step_of(checkpoint) >= planned.steps:
-        raise InputError(
-            f"The run in {config.output_dir} has done its {planned.steps} steps: raise max_steps or num_train_epochs to go on."
-        )
+    packing, why_not = _packing(config, loaded.model)
+    if config.task_type == "CAUSAL_LM" and vocabulary:
+        check_loss(model, vocabulary)
+    world = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch set it
+    batches = BatchPlan(
+        data.train.lengths,
+        config.per_device_train_batch_size * config.gradient_accumulation_steps * world,
+        config.seed,
+        group_by_length=config.group_by_length and not packing,
+        sources=data.sources,
+        weights=config.dataset_weights,
+    )
+    planned = Plan(
+        config=config,
+        task=task,
+        loaded=loaded,
+        model=model,
+        train=data.train,
+        stream=data.stream,
+        evaluation=data.evaluation,
+        batches=batches,
+        packing=packing,
+        lengths=data.lengths,
+        findings=data.findings,
+        learning_rate=rate,
+        notes=[*notes, *why_not, *(finding.message for finding in data.findings)],
+        prompts=data.prompts,
+        opened=data.opened,
+        row_format=data.row_format,
+        world=world,
+        checkpoint=checkpoint,
+        classes=data.classes,
+        supervised=task.supervised(data.train),
+    )
+    if checkpoint is not None:
+        _check_continues(planned, checkpoint)
     return planned
+
+
+def _check_surroundings(config: RunConfig) -> None:
+    """Raise `InputError` if the machine or the folders are not what the settings need."""
+    if config.fsdp and not torch.accelerator.is_available():
+        raise InputError("fsdp needs GPUs, and there are none here: leave it out, and processes on a CPU train by DDP.")
+    if config.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise InputError("fsdp shares the weights out over several devices, and there is one process: start with torchrun.")
+    if config.fp16 and not torch.accelerator.is_available():
+        raise InputError("fp16 needs a GPU, and there is none here: use bf16, or neither.")
+    for place in config.report_to:
+        if importlib.util.find_spec(place) is None:
+            raise InputError(f"report_to {place} needs a package that is not installed: pip install {place}")
+    if Path(config.output_dir).resolve() == Path(config.model_name_or_path).resolve():
+        raise InputError("output_dir is the model's own folder, which a run would write into: choose another.")
+    if config.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+        raise InputError("deepspeed is set, and the package is not installed: pip install deepspeed")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from, is evaluated on, and says about it."""
+
+    train: EncodedSet
+    stream: ExampleStream | None
+    evaluation: EncodedSet | None
+    sources: np.ndarray | None
+    lengths: Lengths
+    findings: tuple[Finding, ...]
+    prompts: list[tuple[str, str]]
+    opened: bool
+    row_format: RowFormat
+    classes: tuple[str, ...] | None = None
+
+
+def read_data(config: RunConfig, tokenizer: Any) -> Data:
+    """The examples that a run's settings describe."""
+    shared = {
+        "task_type": config.task_type,
+        "dataset_name": config.dataset_name,
+        "dataset_split": config.dataset_split,
+        "dataset_weights": config.dataset_weights,
+        "dataset_format": config.dataset_format,
+        "dataset_field": config.dataset_field,
+        "prompt_template": config.prompt_template,
+        "completion_only_loss": config.completion_only_loss,
+        "eval_dataset_name": config.eval_dataset_name,
+        "eval_dataset_split": config.eval_dataset_split,
+        "max_length": config.max_length,
+        "truncation": config.truncation,
+        "cache_tokens": config.cache_tokens,
+        "seed": config.seed,
+        "kept_prompts": KEPT_PROMPTS,
+    }
+    if config.streaming:
+        source = stream(tokenizer, eval_size=config.eval_size, **shared)
+        return Data(
+            *(source.head, source, source.evaluation, None, source.lengths, source.findings),
+            *(source.prompts, source.opened, source.row_formats[0]),
+        )
+    found = prepare(tokenizer, eval_size=config.eval_size, num_labels=config.num_labels, **shared)
+    several = found.sources if config.dataset_weights is not None else None
+    return Data(
+        *(found.train, None, found.evaluation, several, found.lengths, found.findings),
+        *(found.prompts, found.opened, found.row_formats[0], found.classes),
+    )
+
+
+def _packing(config: RunConfig, model: Any) -> tuple[bool, list[str]]:
+    """Whether to pack, and a note if a model that was not told to cannot."""
+    if config.packing is False or config.task_type != "CAUSAL_LM":
+        return False, []
+    with packed_attention(model, config.attn_implementation):
+        obstacle = packing_obstacle(model)
+    if obstacle is None:
+        return True, []
+    if config.packing is True:
+        raise InputError(f"packing: {obstacle} Set packing: false.")
+    return False, [f"Examples are padded, not packed: {obstacle}"]
+
+
+def fingerprint(planned: Plan) -> dict[str, Any]:
+    """What must be the same for a run to go on as it would have gone: its examples, and how many make a step."""
+    return {"examples": planned.train.fingerprint(), "batch_size": planned.batches.batch_size}
+
+
+def _check_continues(planned: Plan, checkpoint: Path) -> None:
+    written = json.loads((checkpoint / DATA_FILE).read_text(encoding="utf-8"))
+    if written["examples"] != planned.train.fingerprint():
+        raise InputError(
+            f"The training data is not what the run in {checkpoint.parent} was started with (its content, the tokenizer or the "
+            "way it is read has changed): resume with the old data, or start a new run."
+        )
+    if written["batch_size"] != planned.batches.batch_size:
+        raise InputError(
+            f"The run in {checkpoint.parent} makes steps of {written['batch_size']} examples, now they would have "
+            f"{planned.batches.batch_size}: choose per_device_train_batch_size x gradient_accumulation_steps x devices "
+            "to the same product."
+        )
+    if step_of(checkpoint) >= planned.steps and finished(checkpoint.parent):
+        raise InputError(
+            f"The run in {checkpoint.parent} has done its {planned.steps} steps: raise max_steps or num_train_epochs to go on."
+        )
 
 
 def _check_saved_modules(config: RunConfig, model: Any) -> None:
@@ -107,32 +365,17 @@ def _check_saved_modules(config: RunConfig, model: Any) -> None:
 
 def adapter_config(config: RunConfig) -> BoneConfig:
     """The `BoneConfig` that a run's settings describe."""
-    return BoneConfig(
-        r=config.r,
-        variant=config.variant,
-        mini_r=config.mini_r,
-        target_modules=_listed(config.target_modules),
-        exclude_modules=_listed(config.exclude_modules),
-        rank_pattern=dict(config.rank_pattern),
-        bone_dropout=config.bone_dropout,
-        exact_update=config.exact_update,
-        bias=config.bias,
-        layers_to_transform=None if config.layers_to_transform is None else list(config.layers_to_transform),
-        modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
-        task_type=TaskType.CAUSAL_LM,
-    )
+    fields = AdapterSettings.model_fields
+    return BoneConfig(**{name: _listed(getattr(config, name)) for name in fields}, task_type=TaskType(config.task_type))
 
 
-def _resolved(config: RunConfig | str | Path | dict[str, Any], overrides: dict[str, Any] | list[str] | None) -> RunConfig:
+def resolved(config: RunConfig | str | Path | dict[str, Any], overrides: dict[str, Any] | list[str] | None = None) -> RunConfig:
+    """The settings that a file, a mapping or a `RunConfig` gives together with overrides."""
     if isinstance(config, str | Path):
         return load_config(config, overrides)
     if isinstance(config, dict):
-        return make_config(config | _mapping(overrides))
-    return make_config(config.model_dump() | _mapping(overrides)) if overrides else config
-
-
-def _mapping(overrides: dict[str, Any] | list[str] | None) -> dict[str, Any]:
-    return parse_overrides(overrides) if isinstance(overrides, list) else overrides or {}
+        return make_config(config, overrides)
+    return make_config(config.model_dump(), overrides) if overrides else config
 
 
 def _learning_rate(config: RunConfig) -> tuple[float, list[str]]:
@@ -149,5 +392,8 @@ def _learning_rate(config: RunConfig) -> tuple[float, list[str]]:
     return config.learning_rate, [note]
 
 
-def _listed(names: str | Sequence[str] | None) -> str | list[str] | None:
-    return names if names is None or isinstance(names, str) else list(names)
+def _listed(value: Any) -> Any:
+    """Tuples, which settings hold, as the lists that PEFT takes; mappings as ones of their own."""
+    if isinstance(value, tuple):
+        return list(value)
+    return {name: _listed(entry) for name, entry in value.items()} if isinstance(value, dict) else value
