@@ -1,8 +1,8 @@
 """Bone, BAT and MiSS fine-tuning (arXiv 2409.15371) for every model that PEFT can reach.
 
 Importing this package makes peft_type "BONE" known to PEFT: `peft.get_peft_model(model, bonetune.BoneConfig(r=64))`.
-The command line's verbs are functions here: `train`, `evaluate`, `merge`, `demo`, `environment`; they are imported when
-first used.
+The command line's verbs are functions here: `train`, `evaluate`, `merge`, `demo`, `environment`, and the class `Chat`; they are
+imported when first used.
 """
 
 from importlib import import_module
@@ -25,7 +25,7 @@ from bonetune.tuner import (
 if TYPE_CHECKING:
     from bonetune.demonstration import demo
     from bonetune.diagnostics import environment
-    from bonetune.evaluation import evaluate
+    from bonetune.evaluation import Chat, evaluate
     from bonetune.merging import merge
     from bonetune.training import train
 
@@ -43,6 +43,7 @@ __all__ = [
     "BoneLinear",
     "BoneModel",
     "BonetuneError",
+    "Chat",
     "InputError",
     "RunError",
     "ShardSpec",
@@ -58,6 +59,7 @@ __all__ = [
 ]
 
 _VERBS = {
+    "Chat": "bonetune.evaluation",
     "demo": "bonetune.demonstration",
     "environment": "bonetune.diagnostics",
     "evaluate": "bonetune.evaluation",

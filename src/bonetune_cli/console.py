@@ -8,9 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+# of several processes, the first one speaks
+_QUIET = os.environ.get("RANK", "0") != "0"
 # no markup: texts of users and paths may hold brackets; no wrapping: programs and logs read lines
-console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-out = Console(highlight=False, markup=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=_QUIET)
+out = Console(highlight=False, markup=False, soft_wrap=True, quiet=_QUIET)
 
 
 def quiet_libraries() -> None:
@@ -40,6 +42,9 @@ def progress() -> Progress:
 
 
 def training_note(state: Any) -> str:
-    """Loss, tokens a second and time left, from a `bonetune.training.report.Progress`."""
+    """Loss, tokens a second (with padding, if there is any), memory, time left, from a `bonetune.training.report.Progress`."""
     minutes, seconds = divmod(round(state.seconds_left), 60)
-    return f"loss {state.loss:.3f}  {state.tokens_per_second:.0f} tokens/s  {minutes}:{seconds:02d} left"
+    useful, all_tokens = round(state.tokens_per_second), round(state.padded_tokens_per_second)
+    rate = f"{useful} tokens/s" if useful == all_tokens else f"{useful} tokens/s ({all_tokens} padded)"
+    memory = state.memory_bytes / 2**30
+    return f"loss {state.loss:.3f}  {rate}  {memory:.1f} GiB  {minutes}:{seconds:02d} left"

@@ -5,7 +5,8 @@ import sys
 
 import typer
 
-from bonetune_cli import demo, env, evaluate, merge, train
+from bonetune_cli import chat, demo, env, estimate, evaluate, merge, train
+from bonetune_cli.allocator import start_again_with_settings
 
 app = typer.Typer(
     name="bonetune",
@@ -17,8 +18,21 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
+app.command("estimate")(estimate.estimate)
 app.command("env")(env.env)
+
+
+# verbs that compute for long on a CPU
+HEAVY = ("train", "demo", "estimate")
+
+
+def run() -> None:
+    """The process `bonetune`: `main`, with the allocator set for training where that matters."""
+    if len(sys.argv) > 1 and sys.argv[1] in HEAVY:
+        start_again_with_settings()
+    main()
 
 
 def main() -> None:
@@ -32,18 +46,24 @@ def main() -> None:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"bonetune: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes have the same to say
+            print(f"bonetune: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(code)
 
 
 def _exit_code(error: Exception) -> int | None:
-    """2 for what the user can mend, 1 for a run that failed on its way, None for a defect, which keeps its traceback."""
+    """2 for what the user can mend, 1 for a run that failed on its way, 143 for one that was asked to end, None for a defect.
+
+    143 is what the shell reports of any process that SIGTERM ends; a defect keeps its traceback.
+    """
     if "bonetune" not in sys.modules:
         return None
     from peft.utils.error import NoMatchingPeftModuleError
 
-    from bonetune.errors import BonetuneError, RunError
+    from bonetune.errors import BonetuneError, RunError, Terminated
 
+    if isinstance(error, Terminated):
+        return 143
     if isinstance(error, RunError):
         return 1
     return 2 if isinstance(error, BonetuneError | NoMatchingPeftModuleError | PermissionError) else None

@@ -82,7 +82,7 @@ def test_overwrite_and_resume(project, run):
     ("arguments", "message"),
     [
         (["train", "nowhere.yaml"], "nowhere.yaml cannot be read"),
-        (["train", "{project}/run.yaml", "lr=1"], "Unknown key 'lr'"),
+        (["train", "{project}/run.yaml", "lerning_rate=1"], "Unknown key 'lerning_rate'"),
         (["train", "{project}/run.yaml", "target_modules=[query]"], "The model has Linear layers named"),
         (["train", "{project}/run.yaml", "variant=bat", "r=5"], "would fit them all"),
         (["train", "{project}/run.yaml", "dataset_name={project}/none.jsonl"], "does not exist"),
@@ -115,7 +115,7 @@ def test_the_process_itself_exits_with_2():
     assert not any("bonetune" in line or "Traceback" in line for line in of_libraries)
 
 
-@pytest.mark.parametrize("verb", [[], ["demo"], ["train"], ["eval"], ["merge"], ["env"]])
+@pytest.mark.parametrize("verb", [[], ["demo"], ["train"], ["eval"], ["merge"], ["chat"], ["estimate"], ["env"]])
 def test_help_imports_no_torch(verb):
     """What makes `--help` answer at once."""
     code = f"""

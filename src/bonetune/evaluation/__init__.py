@@ -1,7 +1,7 @@
-"""Measuring a model: generated answers, exact match, loss, each with its interval."""
+"""Trying a model: exact match and loss, each with its interval; a conversation."""
 
+from bonetune.evaluation.chat import Chat
 from bonetune.evaluation.evaluate import TaskResult, evaluate
-from bonetune.evaluation.generation import generate
 from bonetune.evaluation.statistics import Proportion, most_frequent, sign_test
 
-__all__ = ["Proportion", "TaskResult", "evaluate", "generate", "most_frequent", "sign_test"]
+__all__ = ["Chat", "Proportion", "TaskResult", "evaluate", "most_frequent", "sign_test"]

@@ -1,0 +1,66 @@
+"""`bonetune estimate` from outside."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from bonetune_cli.main import main
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Call the command line in this process: (standard output, standard error), after checking the exit code."""
+
+    def call(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["bonetune", "estimate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capfd.readouterr()
+        assert (stop.value.code or 0) == code, captured
+        return captured
+
+    return call
+
+
+@pytest.fixture
+def config(tmp_path, model_folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = [{"prompt": "one plus two is", "completion": " three" * count} for count in (1, 2, 3, 9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model_name_or_path": str(model_folder),
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "r": 4,
+        "per_device_train_batch_size": 2,
+        "max_length": 64,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "run.yaml"
+
+
+def test_the_longest_examples_of_the_data(config, run):
+    found = json.loads(run(config, "--json").out)
+    long, short = found["batch"]["lengths"]
+    assert 64 > long > short
+    predicted = found["predicted"]
+    parts = ("frozen", "adapter", "gradients", "optimizer", "activations", "transient", "holes")
+    assert predicted["total"] == sum(predicted[name] for name in parts)
+    assert not (config.parent / "run").exists()
+
+
+def test_the_longest_that_the_settings_allow(config, run):
+    found = json.loads(run(config, "per_device_train_batch_size=3", "--largest", "--json").out)
+    assert found["batch"]["lengths"] == [64, 64, 64]
+
+
+def test_a_table_with_what_was_measured(config, run):
+    shown = run(config, "--measure").out
+    assert all(word in shown for word in ("predicted", "measured", "activations", "sum", "2 examples of at most"))
+
+
+def test_wrong_input_is_one_line(config, run):
+    assert "Unknown key 'lr_'" in run(config, "lr_=1", code=2).err
+    assert "does not exist" in run(config, f"model_name_or_path={config.parent}/none", "--largest", code=2).err
