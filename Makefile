@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint types api bench canary clean
+.PHONY: demo test test-slow lint types api settings bench canary clean
 
 demo: $(READY)
 	$(BIN)/bonetune demo --overwrite
@@ -25,6 +25,9 @@ types: $(READY)
 
 api: $(READY)
 	$(BIN)/python docs/make_api.py
+
+settings: $(READY)
+	$(BIN)/python docs/make_settings.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

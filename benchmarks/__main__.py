@@ -4,11 +4,12 @@ import argparse
 import json
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
-from benchmarks import allocator
+from bonetune_cli import allocator
 
-PARTS = ("layers", "step", "saved", "generation")
+PARTS = ("layers", "step", "saved", "generation", "training")
 
 
 def main() -> None:
@@ -18,12 +19,13 @@ def main() -> None:
     # imported here: before, they would be imported once for nothing
     from transformers.utils import logging
 
-    from benchmarks import generation, layers, machine, saved, step
+    from benchmarks import generation, layers, machine, saved, step, training
 
     warnings.simplefilter("ignore")  # PEFT and transformers speak of files and settings that do not matter here
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     runs = {"layers": layers.run, "step": step.run, "saved": saved.run, "generation": generation.run}
+    runs["training"] = partial(training.run, data=arguments.data)
     facts = machine.record()
     content = {"environment": facts, "rounds": arguments.rounds, "quick": arguments.quick}
     texts = [f"{machine.line(facts)} {arguments.rounds} rounds."]
@@ -48,6 +50,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the smallest layer and a model of two layers")
     parser.add_argument("--json", type=Path, help="also write everything here, with each sample")
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
+    parser.add_argument("--data", type=Path, help="training: rows with question and answer; default: generated problems")
     parser.add_argument("--default-allocator", action="store_true", help="leave glibc's allocator as it is")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (3 if arguments.quick else 9)

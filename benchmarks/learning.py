@@ -27,11 +27,11 @@ from transformers import set_seed
 from benchmarks import machine
 from benchmarks.timing import interleaved
 from bonetune import BoneConfig
-from bonetune.data import Encoded, RowFormat, collate, encode_rows, reasoning_problems
-from bonetune.evaluation import generate
+from bonetune.data import Encoded, RowFormat, encode_rows, reasoning_problems
+from bonetune.data.batches import padded
 from bonetune.files import write_json
 from bonetune.losses import completion_loss
-from bonetune.models import load_base, smollm2
+from bonetune.models import generate, load_base, smollm2
 
 TASK, MIN_WORDS, MAX_WORDS = "word_sequence_reversal", 5, 9
 PROMPT = "Reverse: {}\nAnswer:"
@@ -202,7 +202,7 @@ class _Training:
         self.encoded = _encoded(rows, self.tokenizer)
         random.Random(run.seed).shuffle(self.encoded)
         self.optimizer = torch.optim.AdamW(self.trainable, weight_decay=0.0)
-        self.batch_of = collate(self.tokenizer.pad_token_id)
+        self.batch_of = padded(self.tokenizer.pad_token_id)
 
     def step(self, step: int) -> float:
         """Optimizer step number `step` (from 0); returns its loss."""
@@ -228,7 +228,7 @@ def _unseen(size: int, offset: int, seed: int, seen: set[str]) -> list[dict[str,
 
 
 def _encoded(rows: list[dict[str, str]], tokenizer: Any) -> list[Encoded]:
-    return encode_rows(rows, RowFormat.detect(rows[0]), tokenizer, max_length=256)[0]
+    return list(encode_rows(rows, RowFormat.detect(rows[0]), tokenizer, max_length=256)[0])
 
 
 @torch.no_grad()
@@ -237,7 +237,7 @@ def _item_losses(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> list
     items: list[dict[str, Any]] = [{}] * len(rows)
     encoded = _encoded(rows, tokenizer)
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i].input_ids))
-    batch_of = collate(tokenizer.pad_token_id)
+    batch_of = padded(tokenizer.pad_token_id)
     for start in range(0, len(order), 16):
         indices = order[start : start + 16]
         batch = batch_of([encoded[i] for i in indices])

@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from benchmarks import allocator
 from bonetune.diagnostics import environment
+from bonetune_cli import allocator
 
 CPUINFO = Path("/proc/cpuinfo")
 

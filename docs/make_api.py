@@ -41,7 +41,14 @@ SECTIONS = (
     Section(
         "Verbs",
         "The command line's verbs as functions, and what they return.",
-        ("bonetune.training", "bonetune.evaluation", "bonetune.merging", "bonetune.demonstration", "bonetune.diagnostics"),
+        (
+            "bonetune.training",
+            "bonetune.evaluation",
+            "bonetune.merging",
+            "bonetune.models",
+            "bonetune.demonstration",
+            "bonetune.diagnostics",
+        ),
     ),
     Section("Errors", inspect.cleandoc(errors.__doc__ or ""), ("bonetune.errors",)),
 )

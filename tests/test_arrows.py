@@ -14,7 +14,7 @@ FLOORS = [
     {"ops"},
     {"tuner"},
     {"data"},
-    {"losses", "models"},
+    {"losses", "metrics", "models"},
     {"merging", "evaluation", "training"},
     {"demonstration"},
 ]

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import bonetune
+from bonetune.training import load_config
+from bonetune.training.presets import PRESETS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -18,11 +22,43 @@ def test_finetune(tmp_path, model_folder):
     assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()
 
 
-def test_run_yaml(tmp_path, model_folder):
+@pytest.mark.parametrize("name", ["run.yaml", "run.toml"])
+def test_run(tmp_path, model_folder, name):
     (tmp_path / "train.jsonl").write_text('{"prompt": "one", "completion": " two"}\n' * 8)
     places = {
         "model_name_or_path": str(model_folder),
         "dataset_name": str(tmp_path / "train.jsonl"),
         "output_dir": str(tmp_path / "run"),
     }
-    assert bonetune.train(EXAMPLES / "run.yaml", places | {"r": 8}).steps == 1
+    assert bonetune.train(EXAMPLES / name, places | {"r": 8}).steps == 1
+
+
+def test_yaml_and_toml_say_the_same():
+    assert load_config(EXAMPLES / "run.yaml") == load_config(EXAMPLES / "run.toml")
+
+
+def test_metamath(tmp_path, model_folder):
+    (tmp_path / "train.jsonl").write_text('{"query": "one", "response": "two", "type": "x"}\n' * 64)
+    places = {
+        "model_name_or_path": str(model_folder),
+        "dataset_name": str(tmp_path / "train.jsonl"),
+        "dataset_split": "train",
+        "output_dir": str(tmp_path / "run"),
+        "bf16": False,  # transformers asks for a GPU
+    }
+    result = bonetune.train(EXAMPLES / "metamath.yaml", places | {"r": 8})
+    assert result.steps == 1  # 64 rows are one step of the papers' batch
+    assert load_config(tmp_path / "run" / "run.yaml").learning_rate == PRESETS["paper-7b"]["learning_rate"]
+
+
+def test_metamath_is_the_papers_run():
+    config = load_config(EXAMPLES / "metamath.yaml")
+    assert (config.variant, config.r, config.learning_rate, config.warmup_steps) == ("bone", 64, 2e-5, 0)
+    assert (config.dataset_name, config.dataset_split) == ("meta-math/MetaMathQA", "train[:395000]")
+    assert config.dataset_field == ("query", "response")
+    assert len(config.target_modules) == 7
+
+
+def test_glue():
+    config = load_config(EXAMPLES / "glue.yaml")
+    assert (config.task_type, config.warmup_steps, config.learning_rate) == ("SEQ_CLS", 0.06, None)
