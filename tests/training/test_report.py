@@ -87,3 +87,13 @@ def test_a_new_run_begins_with_nothing(tmp_path):
     Recorder(tmp_path / "metrics.jsonl", 4, None).begin(0)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     assert read_metrics(tmp_path / "nowhere.jsonl") == []
+
+
+def test_a_rehearsal_is_not_counted_as_training(tmp_path, clock):
+    recorder = Recorder(tmp_path / "metrics.jsonl", 4, None)
+    recorder.begin(0)
+    clock.seconds += 100
+    recorder.start_clock()
+    clock.seconds += 2
+    recorder.count(1.0, 10, 10)
+    assert recorder.tally.seconds == 2

@@ -70,8 +70,13 @@ class Recorder:
         """Start counting at `step`, on top of `tally`; lines of later steps are dropped, for they will come again."""
         self.tally = tally or Tally()
         self._before = Tally(**asdict(self.tally))
-        self._began, self._first_step = time.perf_counter(), step
+        self._first_step = step
+        self.start_clock()
         write_json_lines(self.path, [line for line in read_metrics(self.path) if line["step"] <= step] if tally else [])
+
+    def start_clock(self) -> None:
+        """Count seconds from now on."""
+        self._began = time.perf_counter()
 
     def count(self, loss: float, tokens: int, padded_tokens: int) -> None:
         """Add one optimizer step."""

@@ -285,6 +285,7 @@ class BoneTrainer(Trainer):
             self.recorder.tally = tally or Tally()
         if checkpoint is None and self.planned.config.rehearsal:
             self._rehearse()
+            self.recorder.start_clock()
 
     def _rehearse(self) -> None:
         with _same_random_numbers():
