@@ -387,7 +387,7 @@ def _leaves(tensor: Tensor) -> list[Tensor]:
         if node is not None and node not in seen:
             seen.add(node)
             if hasattr(node, "variable"):
-                found.append(node.variable)  # pyright: ignore[reportAttributeAccessIssue]
+                found.append(node.variable)  # pyright: ignore[reportAttributeAccessIssue]  (an AccumulateGrad has one)
             nodes += [following for following, _ in node.next_functions]
     return found
 

@@ -1,27 +1,9 @@
 """`bonetune estimate` from outside."""
 
 import json
-import sys
 
 import pytest
 import yaml
-
-from bonetune_cli.main import main
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Call the command line in this process: (standard output, standard error), after checking the exit code."""
-
-    def call(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["bonetune", "estimate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capfd.readouterr()
-        assert (stop.value.code or 0) == code, captured
-        return captured
-
-    return call
 
 
 @pytest.fixture
@@ -42,7 +24,7 @@ def config(tmp_path, model_folder, monkeypatch):
 
 
 def test_the_longest_examples_of_the_data(config, run):
-    found = json.loads(run(config, "--json").out)
+    found = json.loads(run("estimate", config, "--json").out)
     long, short = found["batch"]["lengths"]
     assert 64 > long > short
     predicted = found["predicted"]
@@ -52,15 +34,15 @@ def test_the_longest_examples_of_the_data(config, run):
 
 
 def test_the_longest_that_the_settings_allow(config, run):
-    found = json.loads(run(config, "per_device_train_batch_size=3", "--largest", "--json").out)
+    found = json.loads(run("estimate", config, "per_device_train_batch_size=3", "--largest", "--json").out)
     assert found["batch"]["lengths"] == [64, 64, 64]
 
 
 def test_a_table_with_what_was_measured(config, run):
-    shown = run(config, "--measure").out
+    shown = run("estimate", config, "--measure").out
     assert all(word in shown for word in ("predicted", "measured", "activations", "sum", "2 examples of at most"))
 
 
 def test_wrong_input_is_one_line(config, run):
-    assert "Unknown key 'lr_'" in run(config, "lr_=1", code=2).err
-    assert "does not exist" in run(config, f"model_name_or_path={config.parent}/none", "--largest", code=2).err
+    assert "Unknown key 'lr_'" in run("estimate", config, "lr_=1", code=2).err
+    assert "does not exist" in run("estimate", config, f"model_name_or_path={config.parent}/none", "--largest", code=2).err

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import llama
+from interrupted import killed_and_resumed
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import SchedulerType
@@ -66,17 +67,7 @@ def test_another_optimizer_learns_and_resumes(settings, tmp_path, optim, more):
     result = bonetune.train(settings)
     assert result.last_loss < result.first_loss
     again = settings | {"output_dir": str(tmp_path / "again")}
-
-    class KilledError(Exception):
-        pass
-
-    def kill(progress):
-        if progress.step == 5:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        bonetune.train(again, on_progress=kill)
-    bonetune.train(again, resume=True)
+    killed_and_resumed(again, 5)
     assert losses(tmp_path / "again") == losses(tmp_path / "run")
 
 
@@ -171,17 +162,7 @@ def test_a_compiled_run_is_the_run(settings, tmp_path, more):
     settings |= {"save_steps": 3, **more}
     bonetune.train(settings)
     compiled = settings | {"torch_compile": True, "output_dir": str(tmp_path / "compiled")}
-
-    class KilledError(Exception):
-        pass
-
-    def kill(progress):
-        if progress.step == 5:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        bonetune.train(compiled, on_progress=kill)
-    bonetune.train(compiled, resume=True)
+    killed_and_resumed(compiled, 5)
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "run"), rel=1e-4)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "compiled"))
     assert one.keys() == two.keys()

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import llama
+from interrupted import killed_and_resumed
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
@@ -93,17 +94,7 @@ def test_recomputed_activations_and_a_resumed_run_change_nothing(settings, tmp_p
     settings |= {"quantization": kind}
     bonetune.train(settings)
     again = settings | {"output_dir": str(tmp_path / "again"), "gradient_checkpointing": True}
-
-    class KilledError(Exception):
-        pass
-
-    def kill(progress):
-        if progress.step == 5:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        bonetune.train(again, on_progress=kill)
-    bonetune.train(again, resume=True)
+    killed_and_resumed(again, 5)
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "again"))
     for name, tensor in one.items():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import llama
+from interrupted import KilledError, kill_at
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -82,16 +83,8 @@ def test_resuming_goes_on_where_the_run_stopped(settings, tmp_path):
     bonetune.train(settings)
     whole = load_file(tmp_path / "run" / "adapter_model.safetensors")
     interrupted = settings | {"output_dir": str(tmp_path / "again"), "save_steps": 2}
-
-    class InterruptError(Exception):
-        pass
-
-    def stop(progress):
-        if progress.step == 5:
-            raise InterruptError
-
-    with pytest.raises(InterruptError):
-        bonetune.train(interrupted, on_progress=stop)
+    with pytest.raises(KilledError):
+        bonetune.train(interrupted, on_progress=kill_at(5))
     assert not (tmp_path / "again" / "adapter_model.safetensors").exists()
     bonetune.train(interrupted, resume=True)
     resumed = load_file(tmp_path / "again" / "adapter_model.safetensors")
@@ -244,17 +237,11 @@ def test_resume_and_overwrite_exclude_each_other(settings):
 class TestGoingOnPastTheEnd:
     """A finished run that is given more steps: what told of its old end must not pass for the new one."""
 
-    class StopError(Exception):
-        pass
-
-    def stop(self, progress):
-        raise self.StopError
-
     def test_what_tells_of_the_old_end_is_gone_while_it_goes_on(self, settings, tmp_path):
         bonetune.train(settings | {"max_steps": 2})
         (tmp_path / "run" / "certificate.json").write_text("{}")
-        with pytest.raises(self.StopError):
-            bonetune.train(settings, {"max_steps": 4}, resume=True, on_progress=self.stop)
+        with pytest.raises(KilledError):
+            bonetune.train(settings, {"max_steps": 4}, resume=True, on_progress=kill_at(3))
         left = {path.name for path in (tmp_path / "run").iterdir()}
         assert not left & {"adapter_model.safetensors", "adapter_config.json", "summary.json", "certificate.json", "README.md"}
         assert bonetune.train(settings, {"max_steps": 4}, resume=True).steps == 4

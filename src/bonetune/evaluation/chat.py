@@ -108,7 +108,7 @@ class Chat:
                 for piece in pieces:
                     answer += piece
                     yield piece
-        except Exception:
+        except Exception:  # told from an answer that was only stopped, which was said as far as it went
             failed = True
             raise
         finally:

@@ -334,7 +334,7 @@ def _blocks(spans: Tensor) -> tuple[list[int], list[Tensor | None]]:
             tokens = torch.arange(len(offsets), device=spans.device)
             windowed = (tokens <= tokens[:, None]) & (tokens >= offsets[:, None])
             masks.append(windowed if offsets.any() else None)
-        known = spans._blocks = (counts, masks)  # pyright: ignore[reportAttributeAccessIssue]
+        known = spans._blocks = (counts, masks)  # pyright: ignore[reportAttributeAccessIssue]  (as above)
     return known
 
 

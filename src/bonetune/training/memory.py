@@ -25,7 +25,7 @@ from bonetune.models import load_base, packed_attention
 from bonetune.models.skeleton import skeleton
 from bonetune.training.config import RunConfig
 from bonetune.training.live_storages import LiveStorages, WithoutValues
-from bonetune.training.plan import adapter_config
+from bonetune.training.plan import adapter_config, model_options
 from bonetune.training.tasks import ABOUT, task_named
 
 
@@ -120,16 +120,7 @@ def predict(config: RunConfig, batch: WorstBatch | None = None, *, device: str |
     """
     device, batch = device or _device(), batch or worst_batch(config)
     process = _resident_when_warm() if device == "cpu" else 0
-    base = skeleton(
-        config.model_name_or_path,
-        config.dtype,
-        task_type=config.task_type,
-        quantization=config.quantization,
-        double_quantization=config.bnb_4bit_use_double_quant,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-        num_labels=config.num_labels,
-    )
+    base = skeleton(config.model_name_or_path, config.dtype, **model_options(config), num_labels=config.num_labels)
     model: Any = get_peft_model(base, adapter_config(config), low_cpu_mem_usage=True)
     storages = LiveStorages()
     try:
@@ -164,15 +155,7 @@ def measure(config: RunConfig, batch: WorstBatch | None = None) -> Measurement:
     """
     device, batch = _device(), batch or worst_batch(config)
     process = _resident_when_warm() if device == "cpu" else 0
-    loaded = load_base(
-        config.model_name_or_path,
-        config.dtype,
-        task_type=config.task_type,
-        quantization=config.quantization,
-        double_quantization=config.bnb_4bit_use_double_quant,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    loaded = load_base(config.model_name_or_path, config.dtype, **model_options(config))
     model: Any = get_peft_model(loaded.model, adapter_config(config)).to(device)
     _set_back_peak(device)
     _train_for_two_steps(model, config, batch, device)

@@ -101,6 +101,11 @@ class Plan:
         """Examples to tensors."""
         return self.task.collator(self.loaded.tokenizer.pad_token_id, self.packing)
 
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a run to go on as it would have gone: its examples, and how many make a step."""
+        return {"examples": self.train.fingerprint(), "batch_size": self.batches.batch_size}
+
     def attention(self) -> AbstractContextManager[object]:
         """To be open while the model is trained: how it attends to packed examples."""
         return packed_attention(self.loaded.model, self.config.attn_implementation) if self.packing else nullcontext()
@@ -199,15 +204,7 @@ def plan(
     data = read_data(config, tokenizer)
     set_seed(config.seed)  # a classifier's head is drawn when it is loaded
     loaded = load_base(
-        config.model_name_or_path,
-        config.dtype,
-        task_type=config.task_type,
-        quantization=config.quantization,
-        double_quantization=config.bnb_4bit_use_double_quant,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-        classes=data.classes,
-        tokenizer=tokenizer,
+        config.model_name_or_path, config.dtype, **model_options(config), classes=data.classes, tokenizer=tokenizer
     )
     rate, notes = _learning_rate(config)
     vocabulary = getattr(loaded.model.get_input_embeddings(), "num_embeddings", 0)
@@ -308,14 +305,28 @@ def read_data(config: RunConfig, tokenizer: Any) -> Data:
     if config.streaming:
         source = stream(tokenizer, eval_size=config.eval_size, **shared)
         return Data(
-            *(source.head, source, source.evaluation, None, source.lengths, source.findings),
-            *(source.prompts, source.opened, source.row_formats[0]),
+            train=source.head,
+            stream=source,
+            evaluation=source.evaluation,
+            sources=None,
+            lengths=source.lengths,
+            findings=source.findings,
+            prompts=source.prompts,
+            opened=source.opened,
+            row_format=source.row_formats[0],
         )
     found = prepare(tokenizer, eval_size=config.eval_size, num_labels=config.num_labels, **shared)
-    several = found.sources if config.dataset_weights is not None else None
     return Data(
-        *(found.train, None, found.evaluation, several, found.lengths, found.findings),
-        *(found.prompts, found.opened, found.row_formats[0], found.classes),
+        train=found.train,
+        stream=None,
+        evaluation=found.evaluation,
+        sources=found.sources if config.dataset_weights is not None else None,
+        lengths=found.lengths,
+        findings=found.findings,
+        prompts=found.prompts,
+        opened=found.opened,
+        row_format=found.row_formats[0],
+        classes=found.classes,
     )
 
 
@@ -332,14 +343,9 @@ def _packing(config: RunConfig, model: Any) -> tuple[bool, list[str]]:
     return False, [f"Examples are padded, not packed: {obstacle}"]
 
 
-def fingerprint(planned: Plan) -> dict[str, Any]:
-    """What must be the same for a run to go on as it would have gone: its examples, and how many make a step."""
-    return {"examples": planned.train.fingerprint(), "batch_size": planned.batches.batch_size}
-
-
 def _check_continues(planned: Plan, checkpoint: Path) -> None:
     written = json.loads((checkpoint / DATA_FILE).read_text(encoding="utf-8"))
-    if written["examples"] != planned.train.fingerprint():
+    if written["examples"] != planned.fingerprint["examples"]:
         raise InputError(
             f"The training data is not what the run in {checkpoint.parent} was started with (its content, the tokenizer or the "
             "way it is read has changed): resume with the old data, or start a new run."
@@ -361,6 +367,17 @@ def _check_saved_modules(config: RunConfig, model: Any) -> None:
     unknown = [name for name in config.modules_to_save or () if name.rpartition(".")[2] not in names]
     if unknown:
         raise InputError(f"modules_to_save names modules that the model does not have: {', '.join(unknown)}.")
+
+
+def model_options(config: RunConfig) -> dict[str, Any]:
+    """How a run's settings have its model loaded, as `bonetune.models.load_base` takes it."""
+    return {
+        "task_type": config.task_type,
+        "quantization": config.quantization,
+        "double_quantization": config.bnb_4bit_use_double_quant,
+        "attn_implementation": config.attn_implementation,
+        "trust_remote_code": config.trust_remote_code,
+    }
 
 
 def adapter_config(config: RunConfig) -> BoneConfig:

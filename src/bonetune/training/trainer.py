@@ -23,7 +23,7 @@ from bonetune.training import checkpoints
 from bonetune.training.config import HEEDING_EVALUATIONS
 from bonetune.training.folder import BAD_BATCH_FILE, METRICS_FILE
 from bonetune.training.loader import Shares, streaming_loader, training_loader
-from bonetune.training.plan import DATA_FILE, Plan, fingerprint
+from bonetune.training.plan import DATA_FILE, Plan
 from bonetune.training.report import Progress, Recorder, Tally
 from bonetune.training.signals import Termination
 from bonetune.training.tasks import ABOUT
@@ -344,7 +344,7 @@ class BoneTrainer(Trainer):
                 for unneeded in ("training_args.bin", "README.md"):
                     (staged / unneeded).unlink(missing_ok=True)
                 write_json(staged / TALLY_FILE, asdict(self.recorder.tally))
-                write_json(staged / DATA_FILE, fingerprint(self.planned))
+                write_json(staged / DATA_FILE, self.planned.fingerprint)
                 checkpoints.publish(staged, self.folder)
                 checkpoints.rotate(self.folder, self.planned.config.save_total_limit)
         except (OSError, RuntimeError, SafetensorError) as error:
