@@ -2,7 +2,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bonetune.training.charts import SIDE, Line, chart
@@ -63,6 +63,12 @@ def test_a_picture_of_any_losses(tmp_path, values):
 
 
 @given(values=VALUES, zero=st.booleans())
+@example(values=[5e-324], zero=False)
+@example(values=[-5e-324, 0.0], zero=True)
+@example(values=[5e-324, 1e-300, 1.0], zero=False)
+@example(values=[5e-324, 1e-310, 1e-302], zero=False)
+@example(values=[1e6, math.nextafter(1e6, math.inf)], zero=False)
+@example(values=[-1e6, math.nextafter(-1e6, 0)], zero=False)
 def test_a_chart_shows_each_finite_value_where_its_ticks_say(values, zero):
     drawn = chart("a", [line(values)], (1, len(values)), from_zero=zero)
     finite = [(step, value) for step, value in curve(values) if math.isfinite(value)]

@@ -14,6 +14,9 @@ _STRETCHES = 400
 _MOST_HINTS = 200
 # From this ratio of the greatest value to the median on, all but the greatest lie on the floor of a linear axis.
 _DECADES = 100
+# Below these, values are nought, or each other, as far as the axis is concerned: its ticks would run out of digits.
+_NOUGHT = 1e-300
+_ALIKE = 1e-9
 
 Look = Literal["raw", "mean", "dots"]
 
@@ -91,7 +94,7 @@ def chart(title: str, lines: Iterable[Line], span: tuple[float, float], *, from_
     values = sorted(value for line in lines for _, value in line.points if math.isfinite(value))
     if not values:
         return None
-    logarithmic = not from_zero and values[0] > 0 and values[-1] > _DECADES * values[len(values) // 2]
+    logarithmic = not from_zero and values[0] > _NOUGHT and values[-1] > _DECADES * values[len(values) // 2]
     ticks = _decades(values[0], values[-1]) if logarithmic else _round_numbers(*_range(values[0], values[-1], from_zero))
     first, last = span if span[0] < span[1] else (span[0] - 1, span[1] + 1)
 
@@ -131,9 +134,13 @@ def _thinned(points: Points) -> Points:
 
 
 def _range(low: float, high: float, from_zero: bool) -> tuple[float, float]:
-    if low >= 0 and (from_zero or low <= high / 2 or low == high):
-        return 0.0, high or 1.0
-    return (low, high) if low < high else (low, 0.0)
+    largest = max(abs(low), abs(high))
+    if largest <= _NOUGHT:
+        return 0.0, 1.0
+    alike = high - low <= _ALIKE * largest
+    if low >= 0 and (from_zero or low <= high / 2 or alike):
+        return 0.0, high
+    return (low, 0.0) if alike else (low, high)
 
 
 def _round_numbers(low: float, high: float, wanted: int = 5) -> list[float]:
