@@ -63,6 +63,7 @@ def test_a_picture_of_any_losses(tmp_path, values):
 
 
 @given(values=VALUES, zero=st.booleans())
+@example(values=[1.0, 1.0, 101.0, -math.inf], zero=False)
 @example(values=[5e-324], zero=False)
 @example(values=[-5e-324, 0.0], zero=True)
 @example(values=[5e-324, 1e-300, 1.0], zero=False)

@@ -102,6 +102,8 @@ def chart(title: str, lines: Iterable[Line], span: tuple[float, float], *, from_
         return SIDE * (step - first) / (last - first)
 
     def up(value: float) -> float:
+        if not math.isfinite(value):
+            return math.nan
         low, high, value = (math.log(n) if logarithmic else n for n in (ticks[0], ticks[-1], value))
         return SIDE * (value - low) / (high - low)
 
