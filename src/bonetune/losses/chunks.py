@@ -1,8 +1,6 @@
-"""The training loss, with logits computed only where a label needs them and only some positions at a time."""
+"""A causal language model's own forward, run on some supervised positions at a time."""
 
 import contextlib
-import inspect
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -21,147 +19,9 @@ from bonetune.errors import InputError
 
 CHUNK_BYTES = 32 << 20  # of the logits made at a time, in float32
 
-# Models whose logits are not a function of the last hidden state alone, as `check_loss` found out.
-_WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-
-def completion_loss(model: Any, *, labels: Tensor, supervised: Tensor | int | None = None, **inputs: Any) -> Tensor:
-    """sum over supervised tokens of -log p(token | what precedes it), divided by `supervised`.
-
-    Args:
-        model: a Hugging Face language model: adapted or not, bare or inside DDP, FSDP2 or torch.compile.
-        labels: (batch, length), int64; `IGNORED` where not supervised. In rows of several sequences laid end to end, so is
-            each sequence's first. Of an encoder-decoder: what its decoder is to say.
-        supervised: what to divide by, the number of supervised tokens of all batches that make one optimizer step; None
-            divides by this batch's own (by 1, if it has none).
-        inputs: what the model's forward takes: input_ids and attention_mask (batch, length), or input_ids and position_ids
-            (1, length) with cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k.
-
-    The model's body runs once, its head on some supervised positions at a time; each chunk's gradient is computed beside its
-    loss, so that nothing of the vocabulary's size is kept. The model's own code makes the logits, in its own dtype; the
-    cross-entropy is float32. A model that cannot be run so (encoder-decoders; see `check_loss`) makes all logits at once.
-    A mixture's auxiliary loss is not added.
-
-    Raises:
-        InputError: the model's outputs do not line up with the labels.
-    """
-    language_model = _unwrapped(model)
-    encoder_decoder = language_model is not None and language_model.config.is_encoder_decoder
-    if language_model is None or encoder_decoder or language_model in _WHOLE:
-        total = _from_all_logits(model, language_model, labels, inputs)
-    else:
-        scoring = _Scoring(language_model, labels)
-        with scoring.installed():
-            total = model(use_cache=False, **inputs).loss
-        scoring.let_go()
-    if supervised is None:
-        supervised = ((labels if encoder_decoder else labels[:, 1:]) != IGNORED).sum().clamp(min=1)
-    return total / supervised
-
-
-@torch.no_grad()
-def check_loss(model: Any, vocabulary: int) -> bool:
-    """Whether the logits that `completion_loss` makes by chunks are the model's own, on a few random tokens.
-
-    To be called once, before training and before the model is distributed. Where it is not so, `completion_loss` makes all
-    logits of this model at once from then on; so too where the chunks fail and the model alone does not.
-
-    Args:
-        model: as `completion_loss` takes it.
-        vocabulary: token ids are drawn below it.
-    """
-    language_model = _unwrapped(model)
-    if language_model is None or language_model.config.is_encoder_decoder:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    ids, labels = (torch.randint(vocabulary, (2, 8), generator=generator).to(language_model.device) for _ in range(2))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        whole = _negative_log_likelihood(model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        chunked = _trial(model, language_model, labels, inputs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    # products of other shapes round differently
-    close = 1e-3 if language_model.dtype in (torch.float32, torch.float64) else 0.1
-    agree = chunked is not None and torch.allclose(chunked, whole, rtol=close, atol=close)
-    (_WHOLE.discard if agree else _WHOLE.add)(language_model)
-    return agree
-
-
-def _trial(model: Any, language_model: PreTrainedModel, labels: Tensor, inputs: dict[str, Any]) -> Tensor | None:
-    """The losses by chunks; None if the model's code cannot be run so."""
-    try:
-        scoring = _Scoring(language_model, labels, size=3)
-        with scoring.installed():
-            model(**inputs)
-    except Exception:  # whatever a model's code makes of a body that it does not expect
-        return None
-    return None if scoring.hidden is None else torch.cat(scoring.losses)
-
-
-def classification_loss(model: Any, *, labels: Tensor, supervised: Tensor | int | None = None, **inputs: Any) -> Tensor:
-    """Sum of `label_loss` over the batch, divided by `supervised`.
-
-    Args:
-        model: a model with a head for classification: logits (batch, classes), or (batch, 1) for regression.
-        labels: (batch,): classes, int64, or numbers, float32; those without a label (see `is_labelled`) are left out.
-        supervised: what to divide by, the number of examples of all batches that make one optimizer step; None: of this batch.
-        inputs: what the model's forward takes.
-    """
-    total = label_loss(model(**inputs).logits, labels)
-    return total / (is_labelled(labels).sum().clamp(min=1) if supervised is None else supervised)
-
-
-def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log softmax(logits)[label], float32; with one logit, of (logit - label)^2. Shapes as in `classification_loss`."""
-    if logits.shape[-1] > 1:
-        return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    difference = logits[:, 0].float() - labels.float()
-    return torch.where(is_labelled(labels), difference, 0.0).square().sum()
-
-
-def is_labelled(labels: Tensor) -> Tensor:
-    """Which labels are ones: classes but `IGNORED`, numbers but NaN. Shape of `labels`, bool."""
-    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
-
-
-def _unwrapped(model: Any) -> PreTrainedModel | None:
-    """The Hugging Face model inside adapters, DDP and torch.compile, if there is nothing else around it."""
-    while not isinstance(model, PreTrainedModel):
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
-            model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return None
-    return model
-
-
-def _from_all_logits(model: Any, language_model: Any, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Sum of the losses, from logits of all positions, or of the columns with a label if the model can be told."""
-    if language_model is not None and language_model.config.is_encoder_decoder:
-        decoder_input_ids = language_model.prepare_decoder_input_ids_from_labels(labels=labels)
-        logits, targets = model(use_cache=False, decoder_input_ids=decoder_input_ids, **inputs).logits, labels
-    else:
-        targets = labels[:, 1:]
-        columns = (targets != IGNORED).any(0).nonzero().squeeze(-1)
-        targets = targets[:, columns]
-        if language_model is not None and "logits_to_keep" in inspect.signature(language_model.forward).parameters:
-            logits = model(use_cache=False, logits_to_keep=columns, **inputs).logits
-        else:
-            logits = model(use_cache=False, **inputs).logits
-            _line_up(logits, labels.shape)
-            logits = logits[:, columns]
-    _line_up(logits, targets.shape)
-    return _negative_log_likelihood(logits.flatten(0, 1), targets.flatten()).sum()
-
-
-def _line_up(outputs: Tensor, tokens: torch.Size) -> None:
+def check_lengths(outputs: Tensor, tokens: torch.Size) -> None:
+    """Raise `InputError` unless there is an output (batch, length, ...) for each token (batch, length)."""
     if outputs.shape[:2] != tokens:
         raise InputError(
             f"The model answers {tuple(tokens)} tokens with outputs of shape {tuple(outputs.shape)}: there is no loss for a "
@@ -169,13 +29,13 @@ def _line_up(outputs: Tensor, tokens: torch.Size) -> None:
         )
 
 
-def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """Of each target, 0 where it is `IGNORED`; logits (n, vocabulary), targets (n,)."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return functional.cross_entropy(wide, targets.to(wide.device), ignore_index=IGNORED, reduction="none")
 
 
-class _Scoring:
+class Scoring:
     """One call of a causal language model that gives the sum of its losses instead of its logits.
 
     The model's own forward is called once for each chunk of supervised positions. The first call runs its body; what the head
@@ -231,9 +91,9 @@ class _Scoring:
 
         first = [logits_of(None)]  # a list, to be emptied: its caller must not keep what may be the largest tensor
         if self.hidden is None:
-            _line_up(first[0], self.shape)
+            check_lengths(first[0], self.shape)
             wanted = first[0].flatten(0, 1)[self.positions.to(first[0].device)]
-            total = _negative_log_likelihood(wanted, self.targets).sum() * self.some
+            total = negative_log_likelihood(wanted, self.targets).sum() * self.some
         else:
             total = (self._recomputing if self.recompute else self._at_once)(first, logits_of)
         return CausalLMOutput(loss=total)  # pyright: ignore[reportArgumentType]  (any floating tensor will do)
@@ -259,7 +119,7 @@ class _Scoring:
             finally:
                 self._inside = False
             hidden = self._output[0] if isinstance(self._output, (tuple, ModelOutput)) else self._output
-            _line_up(hidden, self.shape)
+            check_lengths(hidden, self.shape)
             self.hidden = hidden.flatten(0, 1)[self.positions.to(hidden.device)]
             self.targets = self.targets.to(hidden.device)
             self._chunk = self._part(0)
@@ -292,7 +152,7 @@ class _Scoring:
     def _score(self, chunk: Tensor, logits: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Adds to the losses; what of the head is trained, and the gradients of the chunk (if it has one) and of that."""
         if not logits.requires_grad:
-            self.losses.append(_negative_log_likelihood(logits, targets))
+            self.losses.append(negative_log_likelihood(logits, targets))
             return [], []
         losses, gradient = _losses_and_gradient(logits.detach(), targets)
         self.losses.append(losses)
@@ -308,10 +168,10 @@ class _Scoring:
         """
 
         def loss_of(chunk: Tensor, targets: Tensor) -> Tensor:
-            return _negative_log_likelihood(logits_of(chunk), targets).sum()
+            return negative_log_likelihood(logits_of(chunk), targets).sum()
 
         first_targets, *others = self.targets.split(self.size)
-        total = _negative_log_likelihood(first.pop(), first_targets).sum()
+        total = negative_log_likelihood(first.pop(), first_targets).sum()
         for number, targets in enumerate(others, 1):
             total = total + cast(Tensor, checkpoint(loss_of, self._part(number), targets, use_reentrant=False))
         return total * self.some
@@ -320,7 +180,7 @@ class _Scoring:
 class _Body(nn.Module):
     """Stands where a model's body hangs, and looks like it."""
 
-    def __init__(self, real: nn.Module | None, scoring: _Scoring) -> None:
+    def __init__(self, real: nn.Module | None, scoring: Scoring) -> None:
         super().__init__()
         self.__dict__["real"], self.__dict__["scoring"] = real, scoring  # not a child: its parameters have their name already
 

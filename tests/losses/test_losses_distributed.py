@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-import bonetune.losses
+import bonetune.losses.chunks
 from bonetune.data.examples import IGNORED
 from bonetune.losses import completion_loss
 
@@ -61,7 +61,7 @@ def gradients(model):
 
 
 def run(rank, folder):
-    bonetune.losses._positions_at_once = lambda model: 4
+    bonetune.losses.chunks._positions_at_once = lambda model: 4
     limit = datetime.timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES, timeout=limit)
     results = []
@@ -111,7 +111,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=": ".join)
 def test_loss_and_gradients_are_those_of_one_process(results, case, monkeypatch):
-    monkeypatch.setattr(bonetune.losses, "_positions_at_once", lambda model: 4)
+    monkeypatch.setattr(bonetune.losses.chunks, "_positions_at_once", lambda model: 4)
     assert "error" not in results[case], results[case]["error"]
     kind, head = case
     model = model_of(head)

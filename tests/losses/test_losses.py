@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-import bonetune.losses
+import bonetune.losses.chunks
 from bonetune.data.examples import IGNORED
 from bonetune.errors import InputError
 from bonetune.losses import check_loss, classification_loss, completion_loss, label_loss
@@ -75,7 +75,7 @@ FLOAT32 = ("mixtral", "mamba")  # what they compute with is not there in float64
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """4 positions at a time, so that everything here takes several chunks."""
-    monkeypatch.setattr(bonetune.losses, "_positions_at_once", lambda model: 4)
+    monkeypatch.setattr(bonetune.losses.chunks, "_positions_at_once", lambda model: 4)
 
 
 def batch():

@@ -1,0 +1,6 @@
+"""The training losses."""
+
+from bonetune.losses.classification import classification_loss, is_labelled, label_loss
+from bonetune.losses.completion import check_loss, completion_loss
+
+__all__ = ["check_loss", "classification_loss", "completion_loss", "is_labelled", "label_loss"]
