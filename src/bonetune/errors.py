@@ -31,3 +31,8 @@ class RunError(BonetuneError):
 
 class Terminated(RunError):  # noqa: N818  (it is no error that a run ends when it is asked to)
     """A run that was asked to end by SIGTERM, and left a checkpoint. The command line exits with 143."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or what it is."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

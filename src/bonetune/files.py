@@ -1,7 +1,9 @@
 """Nothing half-written: files and folders are made beside their place and renamed into it when they are whole."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,12 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bonetune.errors import InputError
+from bonetune.errors import AdapterFileError, InputError, first_line
 
 # What a training run leaves beside its adapter and others read: its settings, some prompts for a merge, what it was in numbers.
 RUN_FILE, PROMPTS_FILE, SUMMARY_FILE = "run.yaml", "prompts.jsonl", "summary.json"
 # What a merge leaves beside the adapter and the merged model.
 CERTIFICATE_FILE = "certificate.json"
+# What a conversion reports beside the adapter that it wrote.
+CONVERSION_FILE = "conversion.json"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -47,6 +52,23 @@ def folder_written_beside(path: Path, *, replace: bool = False) -> Iterator[Path
         shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextmanager
+def file_written_beside(path: Path) -> Iterator[Path]:
+    """Yield a name near `path` to write a file to; when the block ends well, it is flushed to the disk and becomes `path`.
+
+    If the block raises, `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def cache_folder() -> Path:
     """Where what can be made again is kept: $XDG_CACHE_HOME/bonetune."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bonetune"
@@ -61,6 +83,19 @@ def usable_folder(path: Path, name: str) -> None:
             return
         if part.exists():
             raise InputError(f"{name} {path} cannot be a folder: {part} is a file.")
+
+
+def no_room(error: Exception) -> str | None:
+    """What the error of a full disk, or of a file that cannot grow so large, says; None: it is another error."""
+    in_words = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors, whose errors have no number
+    found = [cause.errno for cause in (error, error.__context__) if isinstance(cause, OSError)]  # torch's wrap it
+    number = found[0] if found else int(in_words[1]) if in_words else None
+    return os.strerror(number) if number in _NO_ROOM else None
+
+
+def size_in_words(number: int) -> str:
+    """A number of bytes in MiB or GiB."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**27 else f"{number / 2**20:.1f} MiB"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,9 +135,36 @@ def read_json_lines(path: Path) -> list[Any]:
     return values
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        AdapterFileError: it does not.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is not a JSON file: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise AdapterFileError(f"{path} should hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
 def read_run(folder: Path) -> dict[str, Any]:
-    """The settings of the run that made an adapter, from the run.yaml beside it; none if there is no such file."""
+    """The settings of the run that made an adapter, from the run.yaml beside it; none if there is no such file.
+
+    Raises:
+        AdapterFileError: the file holds no settings.
+    """
     import yaml
 
     file = folder / RUN_FILE
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise AdapterFileError(f"{file} is not a YAML file: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise AdapterFileError(f"{file} should hold settings by name, not a {type(content).__name__}.")
+    return content

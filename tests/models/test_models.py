@@ -6,6 +6,7 @@ from adapted_models import config
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+import bonetune
 from bonetune.errors import AdapterFileError, InputError
 from bonetune.models import load_base, load_model, smollm, smollm2
 
@@ -68,3 +69,17 @@ def test_the_packaged_model_speaks(tmp_path):
     (answer,) = generate(loaded.model, loaded.tokenizer, ["The capital of France is"], max_new_tokens=4)
     assert "Paris" in answer
     assert smollm2(tmp_path) == loaded.base  # converted once
+
+
+def test_what_lies_beside_an_adapter_cannot_allow_code(tmp_path, model_folder):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config(target_modules=["q_proj"])).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / "run.yaml").write_text("trust_remote_code: true\n")
+    for call in (
+        lambda **options: load_model(str(tmp_path), base=str(model_folder), **options),
+        lambda **options: bonetune.Chat(str(tmp_path), base=str(model_folder), **options),
+    ):
+        with pytest.raises(InputError, match=r"was trained with trust_remote_code: .* Pass --trust-remote-code"):
+            call()
+        call(trust_remote_code=True)

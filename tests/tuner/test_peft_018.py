@@ -1,9 +1,8 @@
 """Files of the last PEFT that had a Bone of its own, read and written, with that PEFT itself at the other end."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import old_peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -16,26 +15,8 @@ SCRIPT = Path(__file__).with_name("peft_018.py")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def old_peft(tmp_path_factory):
-    """Runs the script in an environment of its own with PEFT 0.18.1 and this one's torch."""
-    folder = tmp_path_factory.mktemp("peft018")
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    python = folder / "venv" / "bin" / "python"
-    requirements = [f"torch=={torch.__version__.partition('+')[0]}", "peft==0.18.1", "transformers==4.57.3", "numpy"]
-    for requirement in (requirements[:1], requirements):
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *requirement], check=True)
-
-    def run(mode, where):
-        done = subprocess.run([python, "-W", "default", SCRIPT, mode, where], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
-
-    return run
-
-
-def test_reads_what_0_18_wrote(old_peft, tmp_path):
-    old_peft("write", tmp_path)
+def test_reads_what_0_18_wrote(tmp_path):
+    old_peft.run(SCRIPT, "write", tmp_path)
     for name in CASES:
         expected = load_file(tmp_path / f"{name}.safetensors")["y"]
         model = PeftModel.from_pretrained(network(name), tmp_path / name).eval()
@@ -47,25 +28,25 @@ def test_reads_what_0_18_wrote(old_peft, tmp_path):
             assert merged < 1e-6, name
 
 
-def test_0_18_reads_what_we_write(old_peft, tmp_path):
+def test_0_18_reads_what_we_write(tmp_path):
     for name, (_, r, init) in CASES.items():
         model = get_peft_model(network(name), BoneConfig(r=r, init_weights=init, target_modules=["first", "second"]))
         randomize(model)
         save(model, name, tmp_path)
-    warned = old_peft("read", tmp_path)
+    warned = old_peft.run(SCRIPT, "read", tmp_path)
     assert "['variant']" in warned  # the one key that 0.18 does not know; it says that it ignores it
 
 
 @pytest.mark.parametrize("variant", ["mini", "bat-row", "bat-free", "bat-left"])
-def test_0_18_stops_at_what_it_would_misread(old_peft, tmp_path, variant):
+def test_0_18_stops_at_what_it_would_misread(tmp_path, variant):
     settings = BoneConfig(r=4, variant=variant, mini_r=2, target_modules=["first", "second"])
     model = get_peft_model(network("bat"), settings)
     randomize(model)
     save(model, "bat", tmp_path)
     with pytest.raises(AssertionError, match="size mismatch"):
-        old_peft("read", tmp_path)
+        old_peft.run(SCRIPT, "read", tmp_path)
 
 
-def test_faults_that_are_right_here(old_peft, tmp_path):
+def test_faults_that_are_right_here(tmp_path):
     """`test_faults_of_peft.py` has the same cases for this package."""
-    old_peft("faults", tmp_path)
+    old_peft.run(SCRIPT, "faults", tmp_path)

@@ -4,11 +4,23 @@ from bonetune.models.compilation import compiled_layers
 from bonetune.models.generation import generate, input_tokens
 from bonetune.models.greedy import decode, end_tokens, greedy
 from bonetune.models.packed_attention import packed_attention, packing_obstacle
-from bonetune.models.resolve import Loaded, load_base, load_model, load_tokenizer, parse_dtype, task_type_of
+from bonetune.models.resolve import (
+    AUTO_CLASSES,
+    Loaded,
+    check_trust,
+    load_base,
+    load_model,
+    load_tokenizer,
+    parse_dtype,
+    task_type_of,
+)
+from bonetune.models.skeleton import skeleton
 from bonetune.models.smollm import smollm2
 
 __all__ = [
+    "AUTO_CLASSES",
     "Loaded",
+    "check_trust",
     "compiled_layers",
     "decode",
     "end_tokens",
@@ -21,6 +33,7 @@ __all__ = [
     "packed_attention",
     "packing_obstacle",
     "parse_dtype",
+    "skeleton",
     "smollm2",
     "task_type_of",
 ]

@@ -1,6 +1,5 @@
 """What a user names as a model: a Hugging Face folder or id, or the folder of an adapter on one."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 import torch
 
 from bonetune.data.formats import TaskName
-from bonetune.errors import AdapterFileError, BonetuneError, InputError
-from bonetune.files import SUMMARY_FILE, read_run
+from bonetune.errors import AdapterFileError, BonetuneError, InputError, first_line
+from bonetune.files import SUMMARY_FILE, read_config, read_run
 from bonetune.models.quantization import let_train, quantization_config
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -39,7 +38,7 @@ def parse_dtype(name: str) -> torch.dtype | str:
     """float32, bfloat16, float16 as torch dtypes; `auto`, the checkpoint's own, as it is. Else `InputError`."""
     if name == "auto":
         return name
-    if name not in _DTYPES:
+    if name not in tuple(_DTYPES):
         raise InputError(f"Unknown dtype {name!r}: choose auto, {', '.join(_DTYPES)}.")
     return _DTYPES[name]
 
@@ -114,20 +113,20 @@ def load_base(
     return Loaded(model.eval(), tokenizer, name, task_type=task_type)
 
 
-def task_type_of(name: str) -> TaskName:
+def task_type_of(name: str, *, trust_remote_code: bool = False) -> TaskName:
     """What a model, or an adapter, is for: as the adapter says, else as the model's architecture does.
 
     Raises `InputError` if there is no such model.
     """
     if (Path(name) / ADAPTER_CONFIG).is_file():
         task_type = _adapter_config(Path(name)).get("task_type")
-        return task_type if task_type in AUTO_CLASSES else "CAUSAL_LM"
+        return task_type if task_type in tuple(AUTO_CLASSES) else "CAUSAL_LM"
 
     from transformers import AutoConfig
 
     check_name(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"Model {name!r} cannot be loaded: {first_line(error)}") from error
     if any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ()):
@@ -144,12 +143,9 @@ def check_name(name: str) -> None:
         raise InputError(f"Model folder {name} does not exist.")
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first, or what it is."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def load_model(name: str, dtype: str = "auto", base: str | None = None, *, quantized: bool = True) -> Loaded:
+def load_model(
+    name: str, dtype: str = "auto", base: str | None = None, *, quantized: bool = True, trust_remote_code: bool = False
+) -> Loaded:
     """Load a model, or an adapter on its base model.
 
     What a run of `bonetune train` noted beside its adapter is heeded: the task, the classes, how the base was quantized.
@@ -159,25 +155,27 @@ def load_model(name: str, dtype: str = "auto", base: str | None = None, *, quant
         dtype: of the base model's weights; `auto` is the checkpoint's, or what a quantized base was trained in.
         base: the adapter's base model, if it is not where adapter_config.json says.
         quantized: quantize the base as it was in training; else take its weights as they are.
+        trust_remote_code: run code that comes with the model or the adapter.
 
     Raises:
-        InputError: there is no such model, or the adapter does not say what it was trained on.
+        InputError: there is no such model, the adapter does not say what it was trained on, or its training trusted code that
+            the caller does not.
         AdapterFileError: the adapter's tensors do not fit the base model.
     """
     folder = Path(name)
     if not (folder / ADAPTER_CONFIG).is_file():
         if base is not None:
             raise InputError(f"{name} is not an adapter folder (no {ADAPTER_CONFIG} in it), so it takes no base model.")
-        return load_base(name, dtype, task_type=task_type_of(name))
+        task_type = task_type_of(name, trust_remote_code=trust_remote_code)
+        return load_base(name, dtype, task_type=task_type, trust_remote_code=trust_remote_code)
 
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     import bonetune  # noqa: F401  (makes BONE known to PEFT, whoever calls this)
 
     config = _adapter_config(folder)
     run = read_run(folder)
-    trusted = run.get("trust_remote_code", False)
+    check_trust(folder, trust_remote_code)
     quantization = run.get("quantization") if quantized else None
     if quantization is not None and dtype == "auto":
         dtype = run.get("dtype", "auto")  # codes are made of the weights in that dtype
@@ -187,38 +185,53 @@ def load_model(name: str, dtype: str = "auto", base: str | None = None, *, quant
         task_type=task_type_of(name),
         quantization=quantization,
         double_quantization=run.get("bnb_4bit_use_double_quant", False),
-        trust_remote_code=trusted,
+        trust_remote_code=trust_remote_code,
         classes=_classes(folder),
         # the adapter's own is what it was trained with; a chat template may have been added
-        tokenizer=load_tokenizer(name, trust_remote_code=trusted) if (folder / "tokenizer_config.json").is_file() else None,
+        tokenizer=load_tokenizer(name, trust_remote_code=trust_remote_code)
+        if (folder / "tokenizer_config.json").is_file()
+        else None,
     )
     try:
         model = PeftModel.from_pretrained(loaded.model, name)
     except KeyError as error:
         raise AdapterFileError(f"Adapter {name} lacks the tensor {error.args[0]}.") from error
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        if isinstance(error, BonetuneError):
-            raise
-        raise AdapterFileError(f"Adapter {name} cannot be loaded onto {loaded.base}: {error}") from error
+    except BonetuneError:
+        raise
+    except Exception as error:  # a wrong value in the adapter's files leads PEFT to any
+        reason = str(error) or type(error).__name__
+        raise AdapterFileError(f"Adapter {name} cannot be loaded onto {loaded.base}: {reason}") from error
     return Loaded(model.eval(), loaded.tokenizer, loaded.base, name, loaded.task_type)
+
+
+def check_trust(adapter: Path, trust_remote_code: bool) -> None:
+    """Raise `InputError` if an adapter was trained with code from outside, and the caller does not allow such code.
+
+    What lies beside an adapter may only ask for it: it may come from anywhere, as the code may.
+    """
+    if read_run(adapter).get("trust_remote_code") and not trust_remote_code:
+        raise InputError(
+            f"{adapter} was trained with trust_remote_code: loading it runs code that comes with its base model, or with "
+            "itself. Pass --trust-remote-code (trust_remote_code=True) if you trust both."
+        )
 
 
 def _classes(folder: Path) -> list[str] | None:
     file = folder / SUMMARY_FILE
-    return json.loads(file.read_text(encoding="utf-8")).get("classes") if file.is_file() else None
+    classes = read_config(file).get("classes") if file.is_file() else None
+    if not isinstance(classes, list | None):
+        raise AdapterFileError(f"{file} has classes {classes!r}, which should be a list of names.")
+    return classes
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
     """An adapter's configuration, after checking that the folder can be loaded."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterFileError(f"{folder / ADAPTER_CONFIG} is not JSON: {error}.") from error
+    config = read_config(folder / ADAPTER_CONFIG)
     if "peft_type" not in config:
         raise AdapterFileError(f"{folder / ADAPTER_CONFIG} has no peft_type: it does not say which method the adapter is of.")
-    if config["peft_type"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if config["peft_type"] not in tuple(PEFT_TYPE_TO_CONFIG_MAPPING):
         raise AdapterFileError(f"{folder / ADAPTER_CONFIG}: PEFT knows no method {config['peft_type']!r}.")
     if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
         raise AdapterFileError(f"Adapter {folder} has a configuration but no weights (adapter_model.safetensors).")
@@ -230,4 +243,4 @@ def _base_of(folder: Path, config: dict[str, Any], given: str | None) -> str:
         return given
     if not config.get("base_model_name_or_path"):
         raise InputError(f"{folder / ADAPTER_CONFIG} names no base model: pass --base MODEL.")
-    return config["base_model_name_or_path"]
+    return str(config["base_model_name_or_path"])

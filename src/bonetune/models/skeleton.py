@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bonetune.errors import InputError
-from bonetune.models.resolve import AUTO_CLASSES, check_name, first_line, parse_dtype
+from bonetune.errors import InputError, first_line
+from bonetune.models.resolve import AUTO_CLASSES, check_name, parse_dtype
 
 # Elements that share one scale, and bytes of an element, in each quantization.
 _CODES = {"nf4": (64, 0.5), "fp4": (64, 0.5), "int8": (None, 1.0), "torchao-int8": (None, 1.0), "torchao-int4": (32, 1.0)}
@@ -49,7 +49,7 @@ def skeleton(
             model = getattr(transformers, AUTO_CLASSES[task_type]).from_config(
                 config, dtype=dtype_of_weights, trust_remote_code=trust_remote_code, **options
             )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"Model {name!r} cannot be built for {task_type}: {first_line(error)}") from error
     model.tie_weights()
     if quantization is not None:

@@ -1,6 +1,7 @@
 """`BoneConfig`: what PEFT reads from and writes to adapter_config.json."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,10 @@ from bonetune.spec import VARIANTS, ShardSpec, parse_variant
 from bonetune.tuner.peft_type import BonePeftType
 
 Bias = Literal["none", "all", "bone_only"]
+
+# Names of modules, parameters or layers; some may be one name or a regular expression.
+_NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters")
+_TEXTS = ("base_model_name_or_path", "revision", "task_type")
 
 # Fields that the last PEFT with a Bone of its own (0.18) does not know. They are written only where they differ from their
 # defaults, so that it reads files of `bone` and `bat` without having to ignore anything but `variant`.
@@ -91,6 +96,7 @@ class BoneConfig(PeftConfig):
     ensure_weight_tying: bool = field(default=False, metadata={"help": "Adapt tied embeddings by one tensor."})
 
     def __post_init__(self) -> None:
+        self._check_types()
         super().__post_init__()
         self.peft_type = BonePeftType.BONE
         # A file without a variant's name may be of November 2024, when `init_weights: true` meant bat; see `tuner.model`.
@@ -109,6 +115,9 @@ class BoneConfig(PeftConfig):
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise InputError(f"`{name}` cannot be used when `target_modules` is a str. List the modules' names instead.")
+        indices = self.layers_to_transform
+        if not isinstance(indices, int | None) and not _are_indices(indices):
+            raise InputError(f"`layers_to_transform` should be a number or a list of numbers, got {indices!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise InputError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         for name in ("target_modules", "exclude_modules"):
@@ -118,6 +127,27 @@ class BoneConfig(PeftConfig):
         for r in (self.r, *self.rank_pattern.values()):
             ShardSpec(parse_variant(self.variant), r, self.mini_r)
 
+    def _check_types(self) -> None:
+        """Raise `InputError` for values that only a broken file holds."""
+        for name in _NAMES:
+            value = getattr(self, name)
+            listed = isinstance(value, list | set | tuple) and all(isinstance(item, str) for item in value)
+            if not (listed or value is None or isinstance(value, str)):
+                raise InputError(f"`{name}` should be a name or a list of names, got {value!r}.")
+        for name in _TEXTS:
+            if not isinstance(getattr(self, name), str | None):
+                raise InputError(f"`{name}` should be a text, got {getattr(self, name)!r}.")
+        tokens = self.trainable_token_indices
+        by_name = isinstance(tokens, dict) and all(isinstance(name, str) and _are_indices(tokens[name]) for name in tokens)
+        if tokens is not None and not by_name and not _are_indices(tokens):
+            raise InputError(f"`trainable_token_indices` should be ids, or ids by name, got {tokens!r}.")
+        if not isinstance(self.init_weights, bool | str):
+            raise InputError(f"`init_weights` should be true, false or a variant's name, got {self.init_weights!r}.")
+        if isinstance(self.bone_dropout, bool) or not isinstance(self.bone_dropout, int | float):
+            raise InputError(f"`bone_dropout` should be a number, got {self.bone_dropout!r}.")
+        if not isinstance(self.rank_pattern, dict):
+            raise InputError(f"`rank_pattern` should be r by name, got {self.rank_pattern!r}.")
+
     def _resolve_variant(self) -> str:
         alias = self.init_weights if isinstance(self.init_weights, str) else None
         if alias is not None and self.variant is not None and alias != self.variant:
@@ -126,8 +156,7 @@ class BoneConfig(PeftConfig):
 
     def spec(self, module_name: str = "") -> ShardSpec:
         """The `ShardSpec` of the adapter on the module of that name, after `rank_pattern`."""
-        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
-        return ShardSpec(parse_variant(str(self.variant)), r, self.mini_r)
+        return ShardSpec(parse_variant(str(self.variant)), by_pattern(self.rank_pattern, module_name, self.r), self.mini_r)
 
     def to_dict(self) -> dict[str, Any]:
         """What adapter_config.json holds: as PEFT 0.14-0.18 wrote it for `bone` (`init_weights: true`) and `bat` (`"bat"`).
@@ -143,9 +172,18 @@ class BoneConfig(PeftConfig):
         return {key: value for key, value in content.items() if key not in _NEWER_DEFAULTS or value != _NEWER_DEFAULTS[key]}
 
 
+def _are_indices(value: Any) -> bool:
+    return isinstance(value, list | set | tuple) and all(type(item) is int for item in value)
+
+
+def by_pattern(patterns: Mapping[str, int], module_name: str, default: int) -> int:
+    """The value of the first name or regular expression that ends the module's name, as PEFT matches them; else the default."""
+    return patterns.get(get_pattern_key(list(patterns), module_name), default)
+
+
 def _check_regular_expression(name: str, value: Any) -> None:
     if isinstance(value, str):
         try:
             re.compile(value)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"`{name}`={value!r} is not a regular expression: {error}.") from error

@@ -1,5 +1,7 @@
 """Adapter files against the model that they are loaded into: everything that does not fit is named in one error."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from bonetune.errors import AdapterFileError
@@ -7,10 +9,9 @@ from bonetune.tuner.config import BoneConfig
 from bonetune.tuner.layer import BoneLayer
 
 
-def is_of_november_2024(config: BoneConfig, layers: dict[str, BoneLayer], tensors: dict[str, Tensor]) -> bool:
+def is_of_november_2024(config: BoneConfig, tensors: Sequence[Tensor]) -> bool:
     """PEFT's development version of November 2024 wrote bat as `init_weights: true` with three-dimensional blocks."""
-    found = [tensors[key] for key in layers if key in tensors]
-    return not config.variant_was_named and config.variant == "bone" and bool(found) and all(t.dim() == 3 for t in found)
+    return not config.variant_was_named and config.variant == "bone" and bool(tensors) and all(t.dim() == 3 for t in tensors)
 
 
 def check_tensors(

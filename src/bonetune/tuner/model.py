@@ -377,7 +377,7 @@ class BoneModel(BaseTuner):
             for name, layer in layers_of(model).items()
             if adapter_name in layer.bone_block
         }
-        if is_of_november_2024(config, layers, remapped):
+        if is_of_november_2024(config, [remapped[key] for key in layers if key in remapped]):
             config.variant = "bat"
             for key, layer in layers.items():
                 layer.update_layer(
