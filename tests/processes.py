@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import signal
 import warnings
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -53,4 +54,66 @@ def train_until_the_disk_is_full(settings, steps):
         bonetune.train(settings, on_progress=progress)
     except RunError as error:
         os._exit(1 if "could not be written" in str(error) else 2)
+    os._exit(0)
+
+
+def merge_until_killed(adapter, output, writes, options):
+    """`bonetune.merge`, file by file; the process is killed at the so-many-th write of rows."""
+    import torch
+
+    import bonetune
+    from bonetune.merging import streamed
+
+    put, left = streamed._Writer._put, iter(range(writes - 1, -1, -1))
+
+    def put_or_die(*arguments):
+        if next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        put(*arguments)
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    streamed._Writer._put = put_or_die
+    bonetune.merge(adapter, output, **options)
+
+
+def merge_until_the_disk_is_full(adapter, output):
+    """`bonetune.merge`; once a file is finished, no other can grow. The exit code is that of the command line."""
+    import torch
+
+    import bonetune
+    from bonetune.errors import RunError
+    from bonetune.merging.staging import Staging
+
+    finish = Staging.finish
+
+    def finish_and_fill(*arguments):
+        finish(*arguments)
+        fill_the_disk()
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    Staging.finish = finish_and_fill
+    try:
+        bonetune.merge(adapter, output, certify="layers")
+    except RunError as error:
+        os._exit(1 if "were needed, and the disk has" in str(error) else 2)
+    os._exit(0)
+
+
+def merge_when_the_disk_is_full(adapter, output):
+    """`bonetune.merge` of an adapter of another method, whose model cannot be written."""
+    import torch
+
+    import bonetune
+    from bonetune.errors import RunError
+    from bonetune.merging.staging import Staging
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    Staging.check_space = lambda self, needed: fill_the_disk()
+    try:
+        bonetune.merge(adapter, output)
+    except RunError as error:
+        os._exit(1 if "were needed, and the disk has" in str(error) else 2)
     os._exit(0)

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 import bonetune
 from bonetune import demonstration
+from bonetune.certificates import Certificate
 from bonetune.data import read_rows
 from bonetune.errors import InputError
 from bonetune.evaluation import Proportion
-from bonetune.merging import Certificate
 
 
 @pytest.fixture

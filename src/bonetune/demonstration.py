@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bonetune.certificates import Certificate, LayersCertificate
 from bonetune.data import reasoning_problems
 from bonetune.errors import InputError
 from bonetune.evaluation import Proportion, TaskResult, evaluate, most_frequent, sign_test
 from bonetune.files import usable_folder, write_json, write_json_lines
-from bonetune.merging import Certificate, merge
+from bonetune.merging import merge
 from bonetune.models import Loaded, load_base, smollm2
 from bonetune.spec import parse_variant
 from bonetune.training import make_config, train
@@ -34,7 +35,7 @@ class DemoResult:
     most_frequent: Proportion
     trained: Proportion
     p_value: float
-    certificate: Certificate
+    certificate: Certificate | LayersCertificate
     seconds: dict[str, float]
     output_dir: str
 

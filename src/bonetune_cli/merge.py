@@ -8,32 +8,71 @@ import typer
 
 
 def merge(
-    adapter: Annotated[str, typer.Argument(help="Folder of the adapter.", metavar="ADAPTER")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of one or more adapters; their updates add up. The tokenizer is the first one's.",
+            metavar="ADAPTER...",
+        ),
+    ],
     output: Annotated[str, typer.Option(help="Folder to write the merged model to.", metavar="PATH")],
     base: Annotated[str | None, typer.Option(help="The adapter's base model, if it has moved.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the merged weights: auto, float32, bfloat16 or float16.")] = "auto",
-    scale: Annotated[float, typer.Option(help="Factor of the update.")] = 1.0,
+    scale: Annotated[
+        list[float] | None, typer.Option(help="Factor of the update: once for all adapters, or once for each.")
+    ] = None,
     into: Annotated[
         str, typer.Option(help="After training on quantized weights: their values (trained), or the weights before (original).")
     ] = "trained",
+    certify: Annotated[
+        str,
+        typer.Option(help="What is compared: what the models say (logits), each weight (layers), or as memory allows (auto)."),
+    ] = "auto",
+    tolerance: Annotated[
+        float | None, typer.Option(help="By how much outputs may differ, relative to their size; else what rounding explains.")
+    ] = None,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Merge into another base model than was trained on, or a second time.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base model or the adapters.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON.")] = False,
 ) -> None:
-    """Merge an adapter into its base model, and prove the result equal to the adapted model."""
+    """Merge adapters into their base model, and prove the result equal to the adapted model.
+
+    Called again after it was interrupted, it goes on with what is missing.
+    """
     import json as json_module
 
     import bonetune
     from bonetune_cli.console import console, out, quiet_libraries
 
     quiet_libraries()
-    with console.status("merging, writing, loading again, comparing"):
-        result = bonetune.merge(adapter, output, base=base, dtype=dtype, scale=scale, into=into, overwrite=overwrite)
-    _report_again(Path(adapter))
+    with console.status("merging, writing, reading again, comparing"):
+        result = bonetune.merge(
+            adapters,
+            output,
+            base=base,
+            dtype=dtype,
+            scale=scale or 1.0,
+            into=into,
+            certify=certify,
+            tolerance=tolerance,
+            any_base=any_base,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+    for adapter in adapters:
+        _report_again(Path(adapter))
     if json:
         other = result.other.to_dict() if result.other else None
         more = {"into": result.into, "other": other} if result.into else {}
         out.print_json(json_module.dumps(result.certificate.to_dict() | more))
         return
+    if result.in_memory is not None:
+        console.print(f"Merged in memory, because {result.in_memory}.")
     out.print(f"{result.output}: {result.certificate}")
     if result.other is not None:
         merged, other = (

@@ -109,7 +109,7 @@ def test_values_that_are_not_those_of_the_codes_are_noticed(trained, tmp_path, m
                 layer.weight.mul_(1.2)
         return plain
 
-    monkeypatch.setattr(sys.modules["bonetune.merging.merge"], "dequantize_layers", wrong)
+    monkeypatch.setattr(sys.modules["bonetune.merging.memory"], "dequantize_layers", wrong)
     with pytest.raises(RunError, match=r"not those that .* was trained on"):
         bonetune.merge(run, str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()

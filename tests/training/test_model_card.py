@@ -70,6 +70,12 @@ def test_results_settings_and_versions(tmp_path):
     assert "compared with the adapted one and is equal up to rounding. 99.5% of its greedy choices" in text
 
 
+def test_a_certificate_of_layers_says_what_was_compared(tmp_path):
+    run = a_run(tmp_path / "run")
+    (run / "certificate.json").write_text(json.dumps({"method": "layers", "holds": True, "dtype": "bfloat16"}))
+    assert "Each weight of the merged model (bfloat16) was compared" in write_card(run).read_text()
+
+
 def test_a_certificate_that_does_not_hold_is_not_claimed(tmp_path):
     run = a_run(tmp_path / "run")
     (run / "certificate.json").write_text(json.dumps({"holds": False, "dtype": "bfloat16", "greedy_agreement": 0.2}))

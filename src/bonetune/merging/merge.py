@@ -1,36 +1,32 @@
-"""`bonetune merge`: an adapter and its base model become one model, which is loaded back and compared before it counts."""
+"""`bonetune merge`: adapters and their base model become one model, which is proven to be the adapted one before it counts."""
 
-import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bonetune.data.formats import TaskName
-from bonetune.errors import AdapterFileError, InputError, RunError
-from bonetune.files import (
-    CERTIFICATE_FILE,
-    PROMPTS_FILE,
-    folder_written_beside,
-    read_json_lines,
-    read_run,
-    usable_folder,
-    write_json,
-)
-from bonetune.merging.certify import TOLERANCE, Certificate, Witness, certify, witness
-from bonetune.models import Loaded, end_tokens, load_base, load_model, parse_dtype
-from bonetune.tuner import BoneLayer
-from bonetune.tuner.dequantize import dequantize_layers, forget_quantization
+from bonetune.certificates import Certificate, LayersCertificate, Witness, certify, hashes, prompts_of, record
+from bonetune.errors import InputError, RunError, first_line
+from bonetune.files import CERTIFICATE_FILE, write_json
+from bonetune.formats import read_adapter
+from bonetune.formats.checkpoint import Checkpoint
+from bonetune.formats.tensors import sha256
+from bonetune.merging.checked import Checks
+from bonetune.merging.companions import write_companions
+from bonetune.merging.guards import Options, base_of, check_base, check_output, checked_options, hashes_of, is_pth
+from bonetune.merging.memory import Adapted, NotBuilt
+from bonetune.merging.plan import NotStreamed, Plan, make_plan, read_states
+from bonetune.merging.pth import merge_pth
+from bonetune.merging.staging import JOURNAL, Staging
+from bonetune.merging.streamed import stream
+from bonetune.models import load_base, parse_dtype, task_type_of
 
-# For adapters that come without prompts of their own.
-_PROMPTS = (
-    "The capital of France is",
-    "Question: What is 12 plus 30?\nAnswer:",
-    "def fibonacci(n):\n",
-    "Once upon a time, in a small village by the sea,",
-    "The three primary colours are",
-    "Water boils at",
-)
+# `auto` compares logits where the model's weights take no more than this part of the memory that is free.
+_COMFORTABLE = 0.4
+# For what stands beside the weights: tokenizer, configurations.
+_COMPANIONS_BYTES = 64 << 20
+Proven = Certificate | LayersCertificate
 
 
 @dataclass(frozen=True)
@@ -39,159 +35,201 @@ class MergeResult:
 
     Args:
         output: its folder.
-        certificate: with the adapted model.
+        certificate: that it is the adapted model.
         into: `trained` or `original`, for an adapter that was trained on quantized weights; else None.
-        other: what the other one of these two is, compared with the adapted model.
+        other: what the other one of these two is, compared with the adapted model; None without `into`, or layer by layer.
+        in_memory: why the model was merged in memory; None if its files were merged one by one.
     """
 
     output: str
-    certificate: Certificate
+    certificate: Proven
     into: str | None = None
     other: Certificate | None = None
+    in_memory: str | None = None
 
 
 def merge(
-    adapter: str,
+    adapter: str | Sequence[str],
     output: str,
     *,
     base: str | None = None,
     dtype: str = "auto",
-    scale: float = 1.0,
+    scale: float | Sequence[float] = 1.0,
     into: str = "trained",
+    certify: str = "auto",
+    tolerance: float | None = None,
+    any_base: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> MergeResult:
-    """Merge an adapter into its base model and write the result, with its certificate, to a folder.
+    """Merge adapters into their base model and write the result, with its certificate, to a folder.
 
-    The update is added in float32 and rounded once; the model is written, loaded again from disk and compared with the
-    adapted one on the adapter's own training prompts (prompts.jsonl beside it; else on general ones). The folder appears
-    only if they agree. The certificate is left beside the adapter, too.
+    The updates are added in float32, each one's from the frozen weights, and rounded once. The base model's files are read,
+    changed and written one by one, a few rows at a time; a merge that was interrupted goes on with the files that are missing
+    when it is called again. What that cannot do (adapters of other methods, experts that are stored otherwise than the model
+    has them, quantized weights, classifiers) is merged in memory. The folder appears only if the merged model, as it was
+    written, is the adapted one; otherwise it is kept aside as `output`.rejected. The certificate is left beside the adapters,
+    too.
 
     Args:
-        adapter: folder of the adapter.
+        adapter: folder of the adapter, or of several for one base model and task, whose updates add up. The tokenizer and its
+            chat template are the first one's.
         output: folder to write.
-        base: base model, if it is not where the adapter says.
+        base: base model, if it is not where the adapter says. An RWKV `.pth` is merged into a file of that kind, `output`.
         dtype: of the merged weights; `auto` keeps the base's.
-        scale: factor of the update; 1 is what was trained.
+        scale: factor of the update, for all adapters or for each; 1 is what was trained.
         into: for an adapter trained on quantized weights: `trained` merges into the values that those stood for, so that the
             merged model is the one that was trained; `original` into the weights from before they were quantized, to which
             the adapter was never fitted. The result tells how far the other one is from the trained model.
+        certify: `logits` compares what the two models say after the adapter's training prompts (prompts.jsonl beside it; else
+            after general ones), each loaded in its turn; `layers` compares each written weight with what training computes,
+            on random inputs, and needs no model in memory; `auto` is `logits` where the weights take less than 40% of the
+            memory that is free, and PEFT can make the adapted model.
+        tolerance: by how much outputs may differ, relative to their size; None is what rounding explains.
+        any_base: merge into a base model that is not the one that was trained on, or that holds the adapter already.
         overwrite: replace the merged model that `output` holds.
+        trust_remote_code: run code that comes with the base model or the adapters. That a training run did does not allow it.
 
     Raises:
-        InputError: adapter or base model that cannot be loaded, output that exists, scale of a method without scaling.
+        InputError: adapter or base model that cannot be loaded, or are not for each other; output that exists, or lies in what
+            is merged; not enough space on the disk; scale of a method without scaling; adapters for different tasks; code that
+            is not trusted.
         AdapterFileError: tensors that do not fit the base model, or are not finite.
-        RunError: the merged model does not say what the adapted one says.
+        RunError: the merged model is not the adapted one, or could not be written.
 
     Example:
         >>> bonetune.merge("runs/first", "merged").certificate.holds
     """
-    target = parse_dtype(dtype)
-    folder = Path(output)
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise InputError(f"{adapter} is not an adapter folder: it has no adapter_config.json.")
-    if not math.isfinite(scale):
-        raise InputError(f"scale should be a finite number, got {scale}.")
-    if into not in ("trained", "original"):
-        raise InputError(f"into should be trained or original, got {into!r}.")
-    _check_output(folder, overwrite)
-    prompts = _prompts_of(Path(adapter))
-    quantized = read_run(Path(adapter)).get("quantization") is not None
-    # the trained model: in the base's own dtype, or wider where a wider result is asked for
-    options = {"dtype": "float32" if dtype == "float32" else "auto", "base": base, "prompts": prompts}
-    loaded = _adapted(adapter, scale, quantized=quantized and into == "trained", **options)
-    expected = witness(loaded.model, loaded.tokenizer, prompts)
-    ends = end_tokens(loaded.model, loaded.tokenizer) if loaded.model.can_generate() else []
-    merged = loaded.model.merge_and_unload(**({"dequantize": True} if quantized and into == "trained" else {}))
-    if ends:
-        merged.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    if target != "auto":
-        merged = merged.to(target)
-    other = None
-    with folder_written_beside(folder, replace=True) as beside:
-        merged.save_pretrained(beside)
-        loaded.tokenizer.save_pretrained(beside)
-        task_type, trusted = loaded.task_type, read_run(Path(adapter)).get("trust_remote_code", False)
-        del merged, loaded
-        certificate = certify(load_base(str(beside), task_type=task_type, trust_remote_code=trusted).model, expected)
-        if not certificate.holds:
-            raise RunError(f"The merged model is not the adapted one, so {output} was not written. It is {certificate}.")
-        if quantized:
-            other = _other_choice(adapter, scale, into, str(beside), task_type, expected, options)
-        write_json(beside / CERTIFICATE_FILE, certificate.to_dict())
-    if os.access(adapter, os.W_OK):
-        write_json(Path(adapter) / CERTIFICATE_FILE, certificate.to_dict())
-    return MergeResult(output, certificate, into if quantized else None, other)
-
-
-def _adapted(adapter: str, scale: float, *, quantized: bool, dtype: str, base: str | None, prompts: list[str]) -> Loaded:
-    """The trained model; over quantized weights, with the values that they stand for, and products that are not rounded."""
-    loaded = load_model(adapter, "auto" if quantized else dtype, base, quantized=quantized)
-    _check_finite(loaded.model, adapter)
-    _scale(loaded.model, scale)
-    if quantized:
-        said = witness(loaded.model, loaded.tokenizer, prompts)
-        plain = dequantize_layers(loaded.model)
-        forget_quantization(loaded.model)
-        wide = dtype == "float32" or len({layer.weight.dtype for layer in plain} | {loaded.model.dtype}) > 1
-        if wide:  # backends that dequantize to float32 leave the rest as it was
-            loaded.model.float()
-        difference = certify(loaded.model, said)
-        if not difference.error <= TOLERANCE["bfloat16"] * difference.size:  # products with codes are no more exact than that
-            raise RunError(
-                f"The values read from the quantized weights are not those that {adapter} was trained on. {difference}."
-            )
-    return loaded
-
-
-def _other_choice(
-    adapter: str,
-    scale: float,
-    into: str,
-    merged: str,
-    task_type: TaskName,
-    expected: Witness,
-    options: dict[str, Any],
-) -> Certificate:
-    """How the model over the original weights compares with the trained one, whichever of them was merged."""
-    if into == "trained":
-        return certify(_adapted(adapter, scale, quantized=False, **options).model, expected)
-    trained = _adapted(adapter, scale, quantized=True, **options)
-    return certify(load_base(merged, task_type=task_type).model, witness(trained.model, trained.tokenizer, options["prompts"]))
-
-
-def _check_output(folder: Path, overwrite: bool) -> None:
-    usable_folder(folder, "Output")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(f"Output {folder} already exists: pass --overwrite, or choose another.")
-    # an adapter that was merged has its certificate, too
-    if not (folder / CERTIFICATE_FILE).is_file() or (folder / "adapter_config.json").is_file():
-        raise InputError(f"Output {folder} holds something else than a merged model of bonetune's: choose another.")
-
-
-def _check_finite(model: Any, adapter: str) -> None:
-    bad = [name for name, p in model.named_parameters() if "bone_block" in name and not p.isfinite().all()]
-    if bad:
-        raise AdapterFileError(f"Adapter {adapter} holds values that are not finite, in {len(bad)} tensors: {bad[0]}, ...")
-
-
-def _scale(model: Any, scale: float) -> None:
-    if scale == 1:
-        return
-    layers = [module for module in model.modules() if isinstance(module, BoneLayer)]
-    if not layers:
-        raise InputError("--scale needs an adapter of the Bone family, and this one is of another method.")
-    for layer in layers:
-        layer.scale_layer(scale)
-
-
-def _prompts_of(adapter: Path) -> list[str]:
-    file = adapter / PROMPTS_FILE
-    if not file.is_file():
-        return list(_PROMPTS)
+    options = checked_options(adapter, output, base, dtype, scale, into, certify, tolerance, overwrite, trust_remote_code)
+    if is_pth(base):
+        return _into_pth(options)
+    check_output(options)
+    base_name, checkpoint = base_of(options)
+    if checkpoint is not None and not any_base:
+        check_base(options.adapters, checkpoint)
+    prompts = list(dict.fromkeys(prompt for path in options.adapters for prompt in prompts_of(Path(path))))
+    adapted = Adapted(options.adapters, base, options.scales, dtype, into, prompts, trust_remote_code=trust_remote_code)
     try:
-        prompts = read_json_lines(file)
-    except ValueError as error:
-        raise InputError(f"{file} does not hold a text in quotes on each line: {error}.") from error
-    return [prompt for prompt in prompts if isinstance(prompt, str) and prompt.strip()] or list(_PROMPTS)
+        if adapted.quantized and into == "trained":
+            raise NotStreamed("the weights that were trained on were quantized")
+        if base_name is None:
+            raise NotStreamed("no base model is named")
+        target = parse_dtype(dtype)
+        target = None if isinstance(target, str) else target
+        states = read_states(options.adapters)
+        plan = make_plan(states, base_name, options.scales, target, trust_remote_code=trust_remote_code)
+    except NotStreamed as reason:
+        if certify == "layers":
+            raise InputError(
+                f"--certify layers compares what is merged file by file, and this is not, because {reason}: use logits."
+            ) from reason
+        return _in_memory(options, adapted, checkpoint, str(reason))
+    return _file_by_file(options, adapted, plan)
+
+
+def _into_pth(options: Options) -> MergeResult:
+    """Merge into an RWKV model, which is one file; its certificate is put beside it."""
+    if options.certify == "logits":
+        raise InputError(f"What {options.base} says cannot be compared: it is a file of weights alone. Use --certify layers.")
+    states = [read_adapter(Path(path)) for path in options.adapters]
+    settings: dict[str, Any] = {"dtype": options.dtype, "overwrite": options.overwrite, "tolerance": options.tolerance}
+    certificate = merge_pth(states, Path(str(options.base)), options.output, scale=options.scales, **settings)
+    adapters = [state.source.files for state in states]
+    content = record(certificate, {options.output.name: sha256(options.output)}, adapters=adapters)
+    write_json(options.output.with_name(f"{options.output.name}.{CERTIFICATE_FILE}"), content)
+    return MergeResult(str(options.output), certificate)
+
+
+def _in_memory(options: Options, adapted: Adapted, checkpoint: Checkpoint | None, reason: str) -> MergeResult:
+    staging = Staging(options.output, {"in memory": os.getpid()}, overwrite=options.overwrite)
+    try:
+        with staging.saying_what_is_full():
+            expected, task_type = adapted.save_merged(
+                staging.folder, options.dtype, lambda weights: staging.check_space(weights + _COMPANIONS_BYTES)
+            )
+        model = load_base(str(staging.folder), task_type=task_type, trust_remote_code=adapted.trusted).model
+        certificate = certify(model, expected, options.tolerance)
+        del model
+        other = None
+        if adapted.quantized and certificate.holds:
+            other = adapted.other_choice(str(staging.folder), task_type, expected)
+        files = hashes(staging.folder)
+        _deliver(options, staging, certificate, files, None if checkpoint is None else checkpoint.fingerprint)
+    except BaseException:
+        staging.remove()
+        raise
+    into = options.into if adapted.quantized else None
+    return MergeResult(str(options.output), certificate, into, other, reason)
+
+
+def _file_by_file(options: Options, adapted: Adapted, plan: Plan) -> MergeResult:
+    weights = sum(plan.bytes_of(file) for file in plan.files)
+    # before the merge: a model that cannot be loaded should be known by then
+    expected = _expected(options, adapted, plan)
+    staging = Staging(options.output, plan.identity, overwrite=options.overwrite)
+    try:
+        staging.check_space(weights + _COMPANIONS_BYTES)
+        checks = Checks(plan, staging.folder)
+        with staging.saying_what_is_full():
+            stream(plan, staging, checks.jobs if expected is None else lambda file: [])
+            write_companions(plan, staging.folder, trust_remote_code=options.trust_remote_code)
+        task_type = task_type_of(options.adapters[0])
+        other = None
+        if expected is None:
+            certificate: Proven = checks.certificate(options.tolerance)
+        else:
+            model = load_base(str(staging.folder), task_type=task_type, trust_remote_code=adapted.trusted).model
+            certificate = certify(model, expected, options.tolerance)
+            del model
+            if adapted.quantized and certificate.holds:
+                other = adapted.other_choice(str(staging.folder), task_type, expected)
+        known = {name: entry["sha256"] for name, entry in staging.finished.items()}
+        _deliver(options, staging, certificate, hashes(staging.folder, known), plan.checkpoint.fingerprint)
+    finally:
+        staging.close()
+    return MergeResult(str(options.output), certificate, options.into if adapted.quantized else None, other)
+
+
+def _expected(options: Options, adapted: Adapted, plan: Plan) -> Witness | None:
+    """What the adapted model says; None if the merge is to be compared layer by layer."""
+    if options.certify == "layers" or (options.certify == "auto" and not _fits_in_memory(plan)):
+        return None
+    try:
+        return adapted.witness()
+    except NotBuilt as error:
+        if options.certify == "auto":
+            return None
+        raise InputError(f"{error} What it says cannot be compared: use --certify layers.") from error
+
+
+def _deliver(options: Options, staging: Staging, certificate: Proven, files: dict[str, str], fingerprint: str | None) -> None:
+    """Put the merged model in its place if the certificate holds, else aside."""
+    files.pop(JOURNAL, None)
+    content = record(
+        certificate, files, base_fingerprint=fingerprint, adapters=[hashes_of(Path(path)) for path in options.adapters]
+    )
+    with staging.saying_what_is_full():
+        write_json(staging.folder / CERTIFICATE_FILE, content)
+    if not certificate.holds:
+        aside = staging.reject(options.sources)
+        raise RunError(
+            f"The merged model is not the adapted one, so {options.output} was not written; it is kept as {aside}. It is "
+            f"{certificate}."
+        )
+    staging.publish()
+    del content["files"]  # which are not the adapter's
+    for adapter in options.adapters:
+        if os.access(adapter, os.W_OK):
+            try:
+                write_json(Path(adapter) / CERTIFICATE_FILE, content)
+            except OSError as error:
+                raise RunError(
+                    f"{options.output} is written and certified, but {adapter} could not take the certificate: "
+                    f"{first_line(error)}."
+                ) from error
+
+
+def _fits_in_memory(plan: Plan) -> bool:
+    import psutil
+
+    return sum(plan.bytes_of(file) for file in plan.files) < _COMFORTABLE * psutil.virtual_memory().available

@@ -1,6 +1,19 @@
 """The family's formulas: `reference` states them, `fast` computes them without a transformed weight where none is needed."""
 
-from bonetune.ops.fast import FrozenLinear, adapted_linear
+from bonetune.ops.fast import FrozenLinear, PlainWeight, adapted_linear
+from bonetune.ops.pieces import for_rows, merge_rows, row_pieces
 from bonetune.ops.reference import Update, apply, delta, merge, unmerge
 
-__all__ = ["FrozenLinear", "Update", "adapted_linear", "apply", "delta", "merge", "unmerge"]
+__all__ = [
+    "FrozenLinear",
+    "PlainWeight",
+    "Update",
+    "adapted_linear",
+    "apply",
+    "delta",
+    "for_rows",
+    "merge",
+    "merge_rows",
+    "row_pieces",
+    "unmerge",
+]

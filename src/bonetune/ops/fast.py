@@ -75,6 +75,29 @@ class FrozenLinear(Protocol):
         ...
 
 
+class PlainWeight:
+    """A matrix as a `FrozenLinear`, without bias: for comparisons, where there is no layer.
+
+    Args:
+        weight: W (out, in).
+    """
+
+    stored, plain, bias = True, False, None
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T."""
+        return x @ self._weight.T
+
+    __call__ = product
+
+    def weight(self) -> Tensor:
+        """W."""
+        return self._weight
+
+
 def adapted_linear(frozen: FrozenLinear, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """y = x W^T + bias + sum_k dropout_k(x) (scale_k * Delta_k(W))^T for any mix of variants; each Delta of the frozen W.
 

@@ -78,9 +78,9 @@ def delta(weight: Tensor, theta: Tensor, spec: ShardSpec) -> Tensor:
     r = spec.r
     dtype = torch.promote_types(weight.dtype, theta.dtype)
     if not spec.blockwise:
-        D = theta.to(dtype)  # (..., r, out or mini_r), a row for each column of a shard
-        D = D.repeat(*[1] * len(leading), -(-in_features // r), out_features // D.shape[-1])
-        return D[..., :in_features, :].mT
+        D = theta.to(dtype).mT.contiguous()  # (..., out or mini_r, r), a column for each column of a shard
+        D = D.repeat(*[1] * len(leading), out_features // D.shape[-2], -(-in_features // r))
+        return D[..., :in_features]
     B = theta.to(dtype)
     W = weight.to(dtype).reshape(*leading, out_features // r, r, in_features // r, r)
     match spec.variant:
@@ -111,7 +111,8 @@ def merge(weight: Tensor, updates: Sequence[Update]) -> Tensor:
     wide = _at_least_float32(weight)
     total = wide.clone()
     for update in updates:
-        total += update.scale * delta(wide, update.theta.to(wide.dtype), update.spec)
+        change = delta(wide, update.theta.to(wide.dtype), update.spec)
+        total += change if update.scale == 1 else update.scale * change
     return total.to(weight.dtype)
 
 

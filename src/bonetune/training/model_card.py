@@ -99,6 +99,11 @@ def _prompt_template(settings: dict[str, Any]) -> str | None:
 def _certificate(certificate: dict[str, Any]) -> str | None:
     if not certificate.get("holds"):
         return None
+    if certificate.get("method") == "layers":
+        return (
+            f"Each weight of the merged model ({certificate.get('dtype')}) was compared with what training computes for its "
+            "layer, on random inputs, and is equal up to rounding."
+        )
     agreement = certificate.get("greedy_agreement")
     greedy = f" {100 * agreement:.1f}% of its greedy choices are the adapted model's." if agreement is not None else ""
     return (

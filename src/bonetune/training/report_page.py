@@ -15,6 +15,8 @@ from bonetune.training.plots import Points, mean_window, points, running_mean, t
 from bonetune.training.run_record import RunRecord, read_record
 
 _ABSENT = "none"
+# Values of a certificate that are parts of one.
+_SHARES = ("greedy_agreement", "update_kept")
 
 
 def write_report(folder: Path) -> Path:
@@ -44,6 +46,11 @@ def write_report(folder: Path) -> Path:
         samples=[_sample(sample) for sample in record.samples],
         certificate=_certificate(record.certificate),
         holds=record.certificate.get("holds"),
+        compared=(
+            "Each merged weight, read back, and what training computes for its layer, compared on random inputs."
+            if record.certificate.get("method") == "layers"
+            else "The merged model and the adapted one, compared along the adapted one's greedy answers."
+        ),
         environment=_environment(record.environment),
     )
     # a text may hold half of a surrogate pair, which UTF-8 cannot
@@ -98,7 +105,12 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _certificate(certificate: dict[str, Any]) -> list[tuple[str, str]]:
     named = {
+        "method": "Compared",
         "dtype": "Weights",
+        "worst_layer": "Layer that differs most",
+        "largest_error": "Its outputs' differences, over their size",
+        "update_kept": "Part of the update in the weights",
+        "unchanged": "Tensors that are the base model's",
         "prompts": "Prompts",
         "tokens": "Tokens compared",
         "size": "Logits, root mean square",
@@ -110,7 +122,7 @@ def _certificate(certificate: dict[str, Any]) -> list[tuple[str, str]]:
         "greedy_agreement": "Greedy choices that agree",
     }
     return [
-        (title, f"{100 * certificate[name]:.1f}%" if name == "greedy_agreement" else _text(certificate[name]))
+        (title, f"{100 * certificate[name]:.1f}%" if name in _SHARES else _text(certificate[name]))
         for name, title in named.items()
         if certificate.get(name) is not None
     ]

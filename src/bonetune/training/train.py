@@ -20,6 +20,7 @@ from bonetune.files import (
     write_json_lines,
     write_text,
 )
+from bonetune.formats.checkpoint import fingerprint_of
 from bonetune.models import compiled_layers, generate
 from bonetune.training.checkpoints import step_of
 from bonetune.training.config import RunConfig
@@ -158,7 +159,8 @@ def _close_folder(trainer: BoneTrainer, planned: Plan, adapter: dict[str, Any] |
         planned.model.save_pretrained(beside, state_dict=adapter)
         planned.loaded.tokenizer.save_pretrained(beside)
         write_json_lines(beside / PROMPTS_FILE, [prompt for prompt, _ in planned.prompts])
-        write_json(beside / SUMMARY_FILE, planned.summary() | {"seconds": trainer.recorder.tally.seconds})
+        closing = {"seconds": trainer.recorder.tally.seconds, "base_fingerprint": fingerprint_of(planned.loaded.base)}
+        write_json(beside / SUMMARY_FILE, planned.summary() | closing)
     if adapter is None:  # else the weights are spread over the devices
         file = folder / SAMPLES_FILE
         before = read_json_lines(file) if file.is_file() else []

@@ -50,6 +50,7 @@ class Certificate:
         greedy_agreement: share of the tokens at which both choose the same.
         dtype: of the model's weights.
         precision: what the coarser of the two models is computed in.
+        tolerance: by how much of the logits they may differ, in root mean square; None is `TOLERANCE` of the precision.
     """
 
     prompts: int
@@ -63,21 +64,27 @@ class Certificate:
     greedy_agreement: float
     dtype: str
     precision: str
+    tolerance: float | None = None
 
     @property
     def holds(self) -> bool:
         """Whether the difference is no more than rounding explains, and well below what the adapter does.
 
-        At most `TOLERANCE` of the logits, at most `MAX_SHARE_OF_EFFECT` of the adapter's effect, and greedy choices
-        that agree but for near ties (`MIN_AGREEMENT`).
+        The witness's logits are not all zero, as those of a broken model may be. The difference is at most the tolerance's
+        part of them, at most `MAX_SHARE_OF_EFFECT` of the adapter's effect, and greedy choices agree but for near ties
+        (`MIN_AGREEMENT`).
         """
-        near = self.error <= TOLERANCE[self.precision] * self.size
+        near = self.size > 0 and self.error <= self._allowed * self.size
         told_apart = self.effect is None or self.error <= MAX_SHARE_OF_EFFECT * self.effect
         return near and told_apart and self.greedy_agreement >= MIN_AGREEMENT
 
     def to_dict(self) -> dict[str, Any]:
         """As certificate.json holds it."""
-        return asdict(self) | {"holds": self.holds}
+        return {"method": "logits", **asdict(self), "tolerance": self._allowed, "holds": self.holds}
+
+    @property
+    def _allowed(self) -> float:
+        return TOLERANCE[self.precision] if self.tolerance is None else self.tolerance
 
     def __str__(self) -> str:
         verdict = "equal" if self.holds else "NOT equal"
@@ -108,8 +115,8 @@ def witness(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: 
 
 
 @torch.inference_mode()
-def certify(model: Any, expected: Witness) -> Certificate:
-    """Compare `model` with the witness, token by token, on the witness's own answers."""
+def certify(model: Any, expected: Witness, tolerance: float | None = None) -> Certificate:
+    """Compare `model` with the witness, token by token, on the witness's own answers; `tolerance` as in `Certificate`."""
     pairs = zip(expected.prompts, expected.answers, strict=True)
     got = torch.cat([_answer_logits(model, prompt.to(model.device), answer.to(model.device)) for prompt, answer in pairs])
     wanted = torch.cat(expected.logits)
@@ -128,6 +135,7 @@ def certify(model: Any, expected: Witness) -> Certificate:
         greedy_agreement=(got.argmax(-1) == wanted.argmax(-1)).double().mean().item() if finite else 0.0,
         dtype=dtype,
         precision=max(dtype, expected.precision, key=lambda name: TOLERANCE[name]),
+        tolerance=tolerance,
     )
 
 
