@@ -31,6 +31,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token; 1 draws from all.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print each question with its answers as one line of JSON.")] = False,
 ) -> None:
     """Talk with a model or an adapter. Without a terminal, each line of standard input is a question."""
@@ -48,6 +49,7 @@ def chat(
             temperature=temperature,
             base=base,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
         )
     ]
     if compare:

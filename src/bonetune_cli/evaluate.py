@@ -19,6 +19,7 @@ def evaluate(
     dataset_split: Annotated[str, typer.Option(help="Split of a data set of the hub.")] = "test",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Score a model or an adapter."""
@@ -45,6 +46,7 @@ def evaluate(
             dataset_split=dataset_split,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            trust_remote_code=trust_remote_code,
             on_items=lambda task, done, total: bars.update(lines[task], completed=done, total=total, visible=True),
         )
     if json:

@@ -37,6 +37,7 @@ class Chat:
         temperature: 0 takes the most probable token each time; else tokens are drawn from softmax(logits / temperature).
         base: the adapter's base model, if it is not where the adapter says.
         dtype: of the model's weights.
+        trust_remote_code: run code that comes with the model or the adapter.
 
     Attributes:
         messages: the conversation so far, {"role", "content"} each.
@@ -62,6 +63,7 @@ class Chat:
         temperature: float = 0.0,
         base: str | None = None,
         dtype: str = "auto",
+        trust_remote_code: bool = False,
     ) -> None:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens should be at least 1, got {max_new_tokens}.")
@@ -69,7 +71,7 @@ class Chat:
             raise InputError(f"temperature should be 0 (the most probable token) or above, got {temperature}.")
         if prompt_template is not None:
             RowFormat("alpaca", _FIELDS, prompt_template)
-        self.loaded = load_model(model, dtype, base) if isinstance(model, str) else model
+        self.loaded = load_model(model, dtype, base, trust_remote_code=trust_remote_code) if isinstance(model, str) else model
         if self.loaded.task_type != "CAUSAL_LM":
             name = self.loaded.adapter or self.loaded.base
             raise InputError(f"{name} is of the task {self.loaded.task_type}: only a model that writes on can be talked with.")

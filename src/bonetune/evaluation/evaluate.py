@@ -65,6 +65,7 @@ def evaluate(
     dataset_split: str = "test",
     batch_size: int = 32,
     max_new_tokens: int = 128,
+    trust_remote_code: bool = False,
     on_items: Callable[[str, int, int], None] | None = None,
 ) -> list[TaskResult]:
     """Score a model, or an adapter on its base model.
@@ -87,6 +88,7 @@ def evaluate(
         dataset_split: split of a data set of the hub.
         batch_size: rows at a time.
         max_new_tokens: longest answer.
+        trust_remote_code: run code that comes with the model or the adapter.
         on_items: called with task, rows done, rows in all.
 
     Raises:
@@ -118,7 +120,7 @@ def evaluate(
         row_format = RowFormat.detect(rows[0], dataset_field, template, cast(Kind, dataset_format or "auto"), task_type)
     for number, row in enumerate(rows, 1):
         row_format.check(row, number)
-    loaded = load_model(model, dtype, base) if isinstance(model, str) else model
+    loaded = load_model(model, dtype, base, trust_remote_code=trust_remote_code) if isinstance(model, str) else model
     results = []
     for task in tasks:
         done = _counter(task, len(rows), on_items)
