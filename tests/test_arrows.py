@@ -15,7 +15,9 @@ FLOORS = [
     {"tuner"},
     {"data"},
     {"losses", "metrics", "models"},
-    {"merging", "evaluation", "training"},
+    {"formats"},
+    {"certificates"},
+    {"merging", "conversion", "hub", "evaluation", "training"},
     {"demonstration"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -23,9 +23,11 @@ from bonetune.tuner import (
 )
 
 if TYPE_CHECKING:
+    from bonetune.conversion import convert
     from bonetune.demonstration import demo
     from bonetune.diagnostics import environment
     from bonetune.evaluation import Chat, evaluate
+    from bonetune.hub import pull, push
     from bonetune.merging import merge
     from bonetune.training import train
 
@@ -50,20 +52,26 @@ __all__ = [
     "SpecError",
     "TargetError",
     "accelerate_miss",
+    "convert",
     "demo",
     "environment",
     "evaluate",
     "hotswap_adapter",
     "merge",
+    "pull",
+    "push",
     "train",
 ]
 
 _VERBS = {
     "Chat": "bonetune.evaluation",
+    "convert": "bonetune.conversion",
     "demo": "bonetune.demonstration",
     "environment": "bonetune.diagnostics",
     "evaluate": "bonetune.evaluation",
     "merge": "bonetune.merging",
+    "pull": "bonetune.hub",
+    "push": "bonetune.hub",
     "train": "bonetune.training",
 }
 
