@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bonetune.errors import AdapterFileError, InputError
-from bonetune.formats.state import AdapterState, Source
+from bonetune.formats.state import AdapterState, Source, rank_settings
 from bonetune.formats.tensors import ADAPTER_CONFIG, ADAPTER_FILES, read_tensors, sha256
 from bonetune.spec import VARIANTS, ShardSpec, Variant, parse_variant
 from bonetune.tuner import BoneConfig
@@ -46,13 +46,13 @@ def read(path: Path, variant: str | None = None) -> AdapterState:
     if kind not in possible:
         raise AdapterFileError(f"{path} cannot be read as {kind}. {says}.")
     ranks = {layer: _r(tensor, kind) for layer, tensor in tensors.items()}
-    most = max(set(ranks.values()), key=[*ranks.values()].count)
+    most, others = rank_settings(ranks)
     config = BoneConfig(
         r=most,
         variant=kind,
         mini_r=next(iter(tensors.values())).shape[-1] if kind == "mini" else 1,
         target_modules=sorted(tensors),
-        rank_pattern={layer: r for layer, r in ranks.items() if r != most},
+        rank_pattern=others,
     )
     state = AdapterState(config, tensors, whole, Source(NAME, str(path), {file.name: sha256(file)}))
     return state.with_notes(f"the file has no configuration; read as {kind}, as it was told").check()

@@ -14,6 +14,7 @@ from bonetune.errors import InputError
 from bonetune.formats.fitting import Fitted
 from bonetune.formats.gguf_layout import Layout, begin, check_numbers, declare, encoded, written_beside
 from bonetune.formats.lora import Factors, factors
+from bonetune.formats.state import rank_settings
 from bonetune.tuner import BoneLinear
 
 NAME = "gguf-lora"
@@ -39,8 +40,7 @@ def write(fitted: Fitted, path: Path, rank: int | None = None, dtype: str = "flo
     layout = Layout(fitted.model)
     names = _names(fitted, layout)
     found = {layer: factors(fitted, layer, rank) for layer in names}
-    ranks = [factor.rank for factor in found.values()]
-    alpha = max(set(ranks), key=ranks.count)
+    alpha, _ = rank_settings({layer: factor.rank for layer, factor in found.items()})
     with written_beside(path, layout.architecture) as writer:
         _describe(writer, fitted, alpha)
         for layer, name in names.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from bonetune.errors import AdapterFileError, InputError
 from bonetune.formats.fitting import Fitted
 from bonetune.formats.peft_folder import COMMON, Folder, bone_config, read_folder, write_folder
-from bonetune.formats.state import AdapterState
+from bonetune.formats.state import AdapterState, rank_settings
 from bonetune.tuner import BoneConv, BoneEmbedding, BoneLayer, BoneLinear, by_pattern
 
 NAME = "lora"
@@ -115,8 +115,7 @@ def write(fitted: Fitted, path: Path, rank: int | None = None) -> dict[str, Fact
         tensors |= _named(layer, found, fitted.layers[layer])
         made[layer] = found.without_tensors()
     ranks = {layer: found.rank for layer, found in made.items()}
-    most = _most_frequent(ranks)
-    others = {layer: own for layer, own in ranks.items() if own != most}
+    most, others = rank_settings(ranks)
     settings: dict[str, Any] = {name: getattr(config, name) for name in COMMON}
     settings["target_modules"] = config.target_modules or sorted(ranks)
     lora = LoraConfig(
@@ -126,7 +125,7 @@ def write(fitted: Fitted, path: Path, rank: int | None = None) -> dict[str, Fact
         alpha_pattern=dict(others),
         lora_dropout=config.bone_dropout,
         fan_in_fan_out=any(getattr(layer, "_transposed", False) for layer in fitted.layers.values()),
-        bias=next(name for name, ours in _BIASES.items() if ours == config.bias),  # pyright: ignore[reportArgumentType]
+        bias=next(name for name, ours in _BIASES.items() if ours == config.bias),  # pyright: ignore[reportArgumentType]  (PEFT's own Literal)
         trainable_token_indices=config.trainable_token_indices,
         ensure_weight_tying=config.ensure_weight_tying,
         **settings,
@@ -144,12 +143,12 @@ def read(path: Path) -> AdapterState:
     folder, pairs = _read_pairs(path)
     tensors = {layer: _as_bone(path, layer, pair) for layer, pair in pairs.items()}
     ranks = {layer: pair.rank for layer, pair in pairs.items()}
-    most = _most_frequent(ranks)
+    most, others = rank_settings(ranks)
     given = {
         "r": most,
         "variant": "bone",
         "init_weights": True,
-        "rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != most},
+        "rank_pattern": others,
         "bias": _BIASES.get(str(folder.config.get("bias", "none")), "none"),
     }
     known = {name: value for name, value in folder.config.items() if name in _KEPT}
@@ -266,7 +265,3 @@ def _as_bone(path: Path, layer: str, pair: Factors) -> Tensor:
             "general is no member of this family; merge it with PEFT instead."
         )
     return pair.B.T.contiguous()
-
-
-def _most_frequent(ranks: Mapping[str, int]) -> int:
-    return max(set(ranks.values()), key=[*ranks.values()].count)

@@ -36,7 +36,7 @@ def write_one_by_one(path: Path, layouts: Mapping[str, Layout], value: Callable[
         torch.save({name: torch.empty(layout.shape, dtype=layout.dtype) for name, layout in layouts.items()}, file)
     with zipfile.ZipFile(path) as archive:
         records = {info.filename: info for info in archive.infolist()}
-        directory = archive.start_dir  # pyright: ignore[reportAttributeAccessIssue]
+        directory = archive.start_dir  # pyright: ignore[reportAttributeAccessIssue]  (it has one: where its list of files begins)
     checksums: dict[str, int] = {}
     with path.open("r+b") as file:
         for number, (name, layout) in enumerate(layouts.items()):

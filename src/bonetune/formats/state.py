@@ -88,6 +88,12 @@ class AdapterState:
         return self
 
 
+def rank_settings(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """The most frequent of the layers' ranks, and those of the layers that have another one (`rank_pattern`)."""
+    most = max(set(ranks.values()), key=[*ranks.values()].count)
+    return most, {layer: rank for layer, rank in ranks.items() if rank != most}
+
+
 def _can_be(shape: tuple[int, ...], spec: ShardSpec) -> bool:
     """Whether a tensor of this shape can be of this spec on some weight, or on several that are stacked."""
     match spec.variant:

@@ -168,6 +168,7 @@ class _Rows:
     __call__ = product
 
     def weight(self) -> Tensor:
+        """`FrozenLinear` asks for it, and only `bat` would call it, which is compared in bands instead."""
         raise NotImplementedError("it is never held whole")
 
     def pieces(self, dtype: torch.dtype, specs: Sequence[ShardSpec] = ()) -> Iterator[tuple[slice, Tensor]]:
@@ -181,11 +182,11 @@ def _same(out: Output, source: int, target: int, written: Stored) -> bool:
     number, width = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
     for rows in row_pieces(number, width, [], _PIECE_ELEMENTS):
         expected = frozen_rows(source, out.source, out.change or Change(), rows).to(out.dtype)
-        if not torch.equal(_bits(expected), _bits(read_rows(target, written, rows))):
+        if not torch.equal(bits(expected), bits(read_rows(target, written, rows))):
             return False
     return True
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
     """Bytes, in which NaN equals itself."""
-    return tensor.reshape(-1).view(torch.uint8)
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

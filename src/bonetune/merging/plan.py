@@ -291,7 +291,11 @@ def _with_ties(
 def _embedding_and_head(model: Any) -> tuple[str | None, str | None]:
     names = {id(module): name_without_adapters(name) for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return tuple(None if module is None else f"{names[id(module)]}.weight" for module in (embedding, head))  # pyright: ignore[reportReturnType]
+
+    def parameter(module: Any) -> str | None:
+        return None if module is None else f"{names[id(module)]}.weight"
+
+    return parameter(embedding), parameter(head)
 
 
 def _check_shapes(parameter: str, like: Tensor, change: Change | None, states: Sequence[AdapterState]) -> None:

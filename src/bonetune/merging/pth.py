@@ -16,6 +16,7 @@ from bonetune.files import file_written_beside
 from bonetune.formats.pth import Layout, write_one_by_one
 from bonetune.formats.state import AdapterState
 from bonetune.formats.tensors import map_tensors
+from bonetune.merging.checked import bits
 from bonetune.models import parse_dtype
 from bonetune.ops import PlainWeight, Update, adapted_linear, merge
 
@@ -178,7 +179,7 @@ def _certificate(
             problems.append(f"{name} is {got.dtype} of shape {tuple(got.shape)}")
         elif name in updates:
             checks.append(_check(name, whole.get(name, weights[name]), updates[name], got))
-        elif _bits(got).equal(_bits(whole.get(name, weights[name]).to(got.dtype))):
+        elif bits(got).equal(bits(whole.get(name, weights[name]).to(got.dtype))):
             unchanged += 1
         else:
             problems.append(f"{name} is not what it was to be")
@@ -190,7 +191,3 @@ def _check(name: str, weight: Tensor, updates: Sequence[Update], got: Tensor) ->
     frozen = PlainWeight(weight.to(x.dtype))
     expected = adapted_linear(frozen, x, [update._replace(theta=update.theta.to(x.dtype)) for update in updates])
     return check_layer(name, expected, x @ got.to(x.dtype).T, got.dtype, frozen.product(x))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
