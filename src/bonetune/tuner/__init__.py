@@ -11,6 +11,7 @@ from bonetune.tuner.miss import accelerate_miss
 from bonetune.tuner.model import BoneModel
 from bonetune.tuner.registry import register
 from bonetune.tuner.whole_modules import train_whole_modules_in_float32
+from bonetune.tuner.whole_parameters import WholeParameter, whole_parameters_of
 
 __all__ = [
     "BoneConfig",
@@ -19,6 +20,7 @@ __all__ = [
     "BoneLayer",
     "BoneLinear",
     "BoneModel",
+    "WholeParameter",
     "accelerate_miss",
     "by_pattern",
     "check_tensors",
@@ -27,4 +29,5 @@ __all__ = [
     "layers_of",
     "register",
     "train_whole_modules_in_float32",
+    "whole_parameters_of",
 ]

@@ -15,7 +15,7 @@ from bonetune.tuner.peft_type import BonePeftType
 Bias = Literal["none", "all", "bone_only"]
 
 # Names of modules, parameters or layers; some may be one name or a regular expression.
-_NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters")
+_NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters", "trainable_parameters")
 _TEXTS = ("base_model_name_or_path", "revision", "task_type")
 
 # Fields that the last PEFT with a Bone of its own (0.18) does not know. They are written only where they differ from their
@@ -27,6 +27,7 @@ _NEWER_DEFAULTS: dict[str, Any] = {
     "exact_update": False,
     "target_parameters": None,
     "trainable_token_indices": None,
+    "trainable_parameters": None,
     "ensure_weight_tying": False,
 }
 
@@ -59,13 +60,16 @@ class BoneConfig(PeftConfig):
         modules_to_save: modules that are trained and saved whole, a classifier's head for instance.
         target_parameters: names (ends of names) of parameters to adapt that no Linear holds, such as the stacked weights of a
             mixture's experts: (number, out, in) or (out, in), each matrix with a tensor of its own. Without dropout.
+        trainable_parameters: names (ends of names, at a dot) of parameters that are trained and saved whole, such as
+            `att.x_r` or `norm.weight`, or a regular expression of whole names. The base keeps its own: they are back where the
+            adapter is not active. With `target_modules=[]` nothing else is trained.
         trainable_token_indices: ids whose embeddings are trained, or {embedding's name: ids}; the rest of it stays frozen.
         ensure_weight_tying: where the embedding or the head tied to it is targeted (or in `modules_to_save`), adapt (or save)
             both by one tensor, so that they stay tied.
 
     Raises:
         InputError: unknown variant, sizes that are not positive integers, unknown `bias`, two different variants named,
-            or `layers_to_transform` together with a regular expression.
+            what is no regular expression, or `layers_to_transform` together with one.
 
     Example:
         >>> config = BoneConfig(r=64, variant="bat-row", target_modules="all-linear", task_type="CAUSAL_LM")
@@ -90,6 +94,9 @@ class BoneConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'bone_only'."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to adapt, by ends of names."})
+    trainable_parameters: list[str] | str | None = field(
+        default=None, metadata={"help": "Parameters trained whole: ends of names, or a regular expression."}
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Ids whose embeddings are trained."}
     )
@@ -106,6 +113,9 @@ class BoneConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))
+        if not isinstance(self.trainable_parameters, str | None):
+            self.trainable_parameters = sorted(set(self.trainable_parameters))
+        self.trainable_parameters = self.trainable_parameters or None
         if self.bias not in ("none", "all", "bone_only"):
             raise InputError(f"Unknown bias {self.bias!r}: choose 'none', 'all' or 'bone_only'.")
         if not 0 <= self.bone_dropout < 1:
@@ -120,7 +130,7 @@ class BoneConfig(PeftConfig):
             raise InputError(f"`layers_to_transform` should be a number or a list of numbers, got {indices!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise InputError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "trainable_parameters"):
             _check_regular_expression(name, getattr(self, name))
         for pattern in self.rank_pattern:
             _check_regular_expression("rank_pattern", pattern)
@@ -153,6 +163,12 @@ class BoneConfig(PeftConfig):
         if alias is not None and self.variant is not None and alias != self.variant:
             raise InputError(f"init_weights={alias!r} and variant={self.variant!r} name two variants: keep one.")
         return parse_variant(alias or self.variant or "bone")
+
+    @property
+    def adapts_layers(self) -> bool:
+        """Whether it puts tensors of the Bone family anywhere, and does not train whole parameters alone."""
+        named = self.target_modules is None or self.target_modules or self.target_parameters
+        return bool(named or not self.trainable_parameters)
 
     def spec(self, module_name: str = "") -> ShardSpec:
         """The `ShardSpec` of the adapter on the module of that name, after `rank_pattern`."""

@@ -1,6 +1,6 @@
 """Adapter files against the model that they are loaded into: everything that does not fit is named in one error."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -15,7 +15,12 @@ def is_of_november_2024(config: BoneConfig, tensors: Sequence[Tensor]) -> bool:
 
 
 def check_tensors(
-    config: BoneConfig, adapter_name: str, layers: dict[str, BoneLayer], tensors: dict[str, Tensor], known: set[str]
+    config: BoneConfig,
+    adapter_name: str,
+    layers: dict[str, BoneLayer],
+    tensors: dict[str, Tensor],
+    known: set[str],
+    whole: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Raise `AdapterFileError` naming every tensor that is missing, unexpected or of another shape.
 
@@ -25,8 +30,10 @@ def check_tensors(
         layers: tensor name to the layer that is to hold it.
         tensors: what the file holds, under the model's names.
         known: all names of the model's tensors.
+        whole: the shapes of those that the adapter trains whole, by their names in the model.
     """
-    wrong = [f"{key} is missing" for key in layers if key not in tensors]
+    whole = whole or {}
+    wrong = [f"{key} is missing" for key in (*layers, *whole) if key not in tensors]
     known |= set(layers)
     wrong += [
         f"{key} is not expected"
@@ -38,6 +45,9 @@ def check_tensors(
         expected = layer.tensor_shape(layer.bone_spec[adapter_name])
         if key in tensors and tuple(tensors[key].shape) != expected:
             wrong.append(f"{key} has shape {tuple(tensors[key].shape)}, {config.variant} needs {expected}")
+    for key, shape in whole.items():
+        if key in tensors and tuple(tensors[key].shape) != tuple(shape):
+            wrong.append(f"{key} has shape {tuple(tensors[key].shape)}, the base model's {tuple(shape)}")
     if wrong:
         raise AdapterFileError(
             f"The adapter's tensors do not fit its configuration (variant {config.variant!r}, r={config.r}) and this model: "

@@ -7,7 +7,11 @@ from typing import Any, Literal
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import get_quantization_kwargs
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+from peft.utils.constants import (
+    DUMMY_TARGET_MODULES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING,
+)
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
@@ -43,6 +47,21 @@ from bonetune.tuner.tying import (
     warning_of_parted_embeddings,
 )
 from bonetune.tuner.weighted import COMBINATIONS, combine, combined_config
+from bonetune.tuner.whole_parameters import (
+    WholeParameter,
+    check_whole_parameters,
+    forget_unused,
+    load_whole_parameters,
+    named_as_in_the_model,
+    refuse_offloaded,
+    refuse_rows,
+    refuse_several,
+    refuse_whole_parameters_that_are_not_finite,
+    saved_parameters,
+    train_whole_parameters,
+    whole_parameters_of,
+    widen_whole_parameters,
+)
 
 
 class BoneModel(BaseTuner):
@@ -58,6 +77,7 @@ class BoneModel(BaseTuner):
     Raises:
         SpecError: r or mini_r does not fit some of the targeted layers; all of them are named, and the model is unchanged.
         TargetError: a targeted module cannot be adapted; the model is unchanged.
+        InputError: a parameter of `trainable_parameters` is not there, or cannot be trained whole; the model is unchanged.
         peft.utils.error.NoMatchingPeftModuleError: no module matches; the message lists the Linear layers there are.
 
     Example:
@@ -65,7 +85,7 @@ class BoneModel(BaseTuner):
     """
 
     prefix = "bone_"
-    tuner_layer_cls = BoneLayer
+    tuner_layer_cls: Any = (BoneLayer, WholeParameter)
     target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
     # the modules that a file names, where it chooses what is adapted
     _named: set[str] | None = None
@@ -92,18 +112,28 @@ class BoneModel(BaseTuner):
             state_dict: an adapter's tensors; the modules that they name are adapted.
 
         Raises:
-            SpecError, TargetError, peft.utils.error.NoMatchingPeftModuleError: as the class.
+            SpecError, TargetError, InputError, peft.utils.error.NoMatchingPeftModuleError: as the class.
         """
         names = (key.removeprefix("_orig_mod.").rsplit(f".{self.prefix}", 1)[0] for key in state_dict or ())
         self._named = None if state_dict is None else set(names)
+        others = [p for layer in whole_parameters_of(model).values() for p in layer.whole.values()]
+        trained = [(parameter, parameter.requires_grad) for parameter in others]
+        config: Any = self.peft_config[adapter_name]
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            with _no_targets_allowed(config):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except NoMatchingPeftModuleError as error:
             self.peft_config.pop(adapter_name, None)
             raise NoMatchingPeftModuleError(f"{error} {what_can_be_targeted(model)}") from error
         except BonetuneError:
             self.peft_config.pop(adapter_name, None)
             raise
+        train_whole_parameters(model, config, adapter_name, on_meta=low_cpu_mem_usage)
+        for layer in whole_parameters_of(model).values():
+            if adapter_name in layer.whole:
+                layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
         self._slow_paths = (*self._slow_paths, *call_adapted_layers(model))
         keep_readable(model)
 
@@ -140,6 +170,7 @@ class BoneModel(BaseTuner):
             targets, self._shared = find_targets(model, named.__contains__)
         check_ties(model, peft_config, targets)
         check_targets(model, targets, peft_config, get_quantization_kwargs(model))
+        check_whole_parameters(model, peft_config, targets)
 
     def _create_and_replace(
         self,
@@ -203,6 +234,32 @@ class BoneModel(BaseTuner):
                 for name in [name for name, inner in module._modules.items() if inner is child]:
                     setattr(module, name, new_module)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active.
+
+        Args:
+            adapter_name: one or several.
+            inference_mode: leave their tensors frozen.
+
+        Raises:
+            InputError: several of them train the same parameter whole; nothing is changed.
+        """
+        refuse_several(self.model, adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; where it was the only active one, the first of the others becomes active.
+
+        Raises:
+            ValueError: there is none of that name, or it is merged.
+        """
+        whole, active = whole_parameters_of(self.model), self.active_adapters
+        super().delete_adapter(adapter_name)
+        forget_unused(self.model)
+        if whole and adapter_name in active and self.peft_config:
+            # each layer has chosen among the adapters that it has itself
+            self.set_adapter([name for name in active if name != adapter_name] or sorted(self.peft_config)[:1])
+
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, exact_unmerge: bool = True
     ) -> None:
@@ -217,17 +274,22 @@ class BoneModel(BaseTuner):
         Raises:
             ValueError: `safe_merge` found a value that is not finite; or, without `exact_unmerge`, several BAT adapters of
                 different kinds, whose merge arithmetic cannot undo.
+            InputError: several adapters train the same parameter whole.
 
         Warns:
             UserWarning: quantized weights were rounded to their codes again; with the measured error.
         """
-        layers = layers_of(self.model)
+        layers, whole = layers_of(self.model), whole_parameters_of(self.model)
         refuse_what_cannot_be_undone(layers, adapter_names, exact_unmerge=exact_unmerge)
+        for parameter in whole.values():
+            parameter.refuse_several([*parameter.merged_adapters, *(adapter_names or self.active_adapters)])
         if safe_merge:
             refuse_what_is_not_finite(layers, adapter_names)
+            refuse_whole_parameters_that_are_not_finite(self.model, adapter_names)
         for layer in layers.values():
             layer.exact_unmerge = exact_unmerge
-        with all_or_none(layers), keeping_ties([*layers.values()]):
+        undone: dict[str, Any] = {**layers, **whole}
+        with all_or_none(undone), keeping_ties([*layers.values()]):
             super().merge_adapter(adapter_names, safe_merge)
         # what was kept is no longer in the model, unless another layer is tied to it
         shared = {id(parameter) for parameter in self.model.parameters()}
@@ -258,19 +320,27 @@ class BoneModel(BaseTuner):
 
         Raises:
             ValueError: `safe_merge` found a value that is not finite.
+            InputError: several adapters train the same parameter whole.
 
         Warns:
             UserWarning: quantized weights were rounded to their codes again; with the measured error.
         """
-        layers = layers_of(self.model)
+        layers, whole = layers_of(self.model), whole_parameters_of(self.model)
+        for parameter in whole.values():
+            parameter.refuse_several([*parameter.merged_adapters, *(adapter_names or self.active_adapters)])
         if safe_merge:
             refuse_what_is_not_finite(layers, adapter_names)
+            refuse_whole_parameters_that_are_not_finite(self.model, adapter_names)
         plain, dtype = [], getattr(self.model, "dtype", None)
-        if dequantize:
-            if any(layer.merged for layer in layers.values()):
-                raise ValueError("Some adapters are merged into quantized weights already: call `unmerge_adapter` first.")
-            plain = dequantize_layers(self.model)
-            forget_quantization(self.model)
+        if dequantize and any(layer.merged for layer in layers.values()):
+            raise ValueError("Some adapters are merged into quantized weights already: call `unmerge_adapter` first.")
+        undone: dict[str, Any] = {**whole}
+        with all_or_none(undone):
+            for parameter in whole.values():
+                parameter.merge(adapter_names=adapter_names)
+            if dequantize:
+                plain = dequantize_layers(self.model)
+                forget_quantization(self.model)
         for layer in layers.values():
             layer.exact_unmerge = False
         tied = self.get_model_config(self.model).get("tie_word_embeddings")
@@ -311,7 +381,7 @@ class BoneModel(BaseTuner):
 
         Raises:
             InputError: unknown adapters or combination type, a name that is taken, adapters of different variants or r on a
-                layer, that target parameters, or that train biases or whole modules.
+                layer, that target parameters, or that train biases, whole modules or whole parameters.
 
         Example:
             >>> model.add_weighted_adapter(["maths", "code"], [0.7, 0.3], "both")
@@ -339,12 +409,15 @@ class BoneModel(BaseTuner):
         if names is None:
             yield
             return
+        refuse_rows(self.model, names)
         beams = kwargs.get("num_beams")
         with adapters_by_row(self.model, names, beams if isinstance(beams, int) else None):
             yield
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        for parameter in whole_parameters_of(self.model).values():
+            parameter.unload()
         for module, name, value in self._slow_paths:
             setattr(module, name, value)
         return unloaded
@@ -355,16 +428,27 @@ class BoneModel(BaseTuner):
         for layer in layers_of(self.model).values():
             list_rightly(layer.bone_block, adapter_name)
         tie_adapter(self.model, self.peft_config[adapter_name], adapter_name)
+        refuse_offloaded(self.model, adapter_name)
+        if autocast_adapter_dtype:
+            widen_whole_parameters(self.model, adapter_name)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
         for name, layer in layers_of(model).items():
             if isinstance(layer, BoneEmbedding) and layer.merged and adapter_name in layer.bone_block:
                 raise InputError(
                     f"{name} has adapters merged, and PEFT would write its merged weight into the adapter's file, to be "
                     "updated again when it is loaded: call `unmerge_adapter` before saving."
                 )
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        return selected | saved_parameters(model, adapter_name, state_dict)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The name in a file; an adapter's name that is also a module's stays."""
+        return key.removesuffix(f".{adapter_name}") if key.endswith(f".bone_block.{adapter_name}") else key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -372,6 +456,9 @@ class BoneModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Give a file's tensors the model's names, after checking that they are this adapter's tensors, all of them."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped = named_as_in_the_model(model, adapter_name, remapped)
+        whole = whole_parameters_of(model)
+        own = {name: layer.base.shape for name, layer in whole.items() if adapter_name in layer.whole}
         layers = {
             f"{name}.bone_block.{adapter_name}": layer
             for name, layer in layers_of(model).items()
@@ -387,5 +474,19 @@ class BoneModel(BaseTuner):
                     exact=config.exact_update,
                     inference_mode=config.inference_mode,
                 )
-        check_tensors(config, adapter_name, layers, remapped, known=set(model.state_dict()))
-        return remapped
+        known = set(model.state_dict()) - (whole.keys() - own.keys())
+        check_tensors(config, adapter_name, layers, remapped, known=known, whole=own)
+        return load_whole_parameters(model, adapter_name, remapped)
+
+
+@contextmanager
+def _no_targets_allowed(config: BoneConfig) -> Iterator[None]:
+    """Within it, PEFT does not miss the modules of an adapter that trains whole parameters alone."""
+    if config.adapts_layers:
+        yield
+        return
+    targets, config.target_modules = config.target_modules, DUMMY_TARGET_MODULES
+    try:
+        yield
+    finally:
+        config.target_modules = targets

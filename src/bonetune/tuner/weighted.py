@@ -42,6 +42,8 @@ def combined_config(
             raise InputError(f"Adapter {name} trains biases (bias={configs[name].bias!r}), which have no sum.")
         if configs[name].target_parameters:
             raise InputError(f"Adapter {name} targets parameters, which add_weighted_adapter does not support.")
+        if trained := configs[name].trainable_parameters:
+            raise InputError(f"Adapter {name} trains whole parameters (trainable_parameters={trained!r}), which have no sum.")
     for key, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and (owners := sorted(set(adapters) & module._adapters)):
             raise InputError(f"{key} is trained whole by {', '.join(owners)}: whole modules have no sum.")
