@@ -23,17 +23,15 @@ def estimate(
 
     from rich.table import Table
 
-    from bonetune.models import load_tokenizer
     from bonetune.training.memory import CATEGORIES, measure, predict, worst_batch
-    from bonetune.training.plan import read_data, resolved
+    from bonetune.training.plan import read_data, resolved, tokenizer_of
     from bonetune_cli.console import console, out, quiet_libraries
 
     quiet_libraries()
     settings = resolved(config, overrides)
     lengths = None
     if not (largest or settings.streaming):
-        tokenizer = load_tokenizer(settings.model_name_or_path, trust_remote_code=settings.trust_remote_code)
-        lengths = read_data(settings, tokenizer).train.lengths
+        lengths = read_data(settings, tokenizer_of(settings)).train.lengths
     batch = worst_batch(settings, lengths)
     with console.status("running a step without values"):
         predicted = predict(settings, batch)

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from bonetune_cli import chat, convert, demo, env, estimate, evaluate, merge, pull, push, train
+from bonetune_cli import chat, convert, demo, env, estimate, evaluate, merge, pull, push, tokenize, train
 from bonetune_cli.allocator import start_again_with_settings
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
+app.command("tokenize")(tokenize.tokenize)
 app.command("estimate")(estimate.estimate)
 app.command("env")(env.env)
 

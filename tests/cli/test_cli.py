@@ -36,6 +36,21 @@ def test_train_eval_merge(project, run):
     assert json.loads(merged.out)[0]["score"] == pytest.approx(scores[1]["score"], rel=1e-4)
 
 
+def test_tokenize_and_train_on_it(project, run):
+    model = yaml.safe_load((project / "run.yaml").read_text())["model_name_or_path"]
+    command = ("tokenize", project / "rows.jsonl", project / "ids", "--model", model)
+    made = json.loads(run(*command, "--json").out)
+    assert made["documents"] == 8
+    assert (project / "ids.bin").stat().st_size == 2 * made["tokens"]
+    assert "already there" in run(*command, code=2).err
+    said = run(*command, "--overwrite", "--eos-token", "<bos>").out
+    assert f"ids.bin: 8 documents, {made['tokens']} tokens as uint16" in said
+    assert "token ids do not end" in run("train", project / "run.yaml", "--dry-run", f"dataset_name={project}/ids").err
+    run("train", project / "run.yaml", f"dataset_name={project}/ids", "eos_token=<bos>")
+    (score,) = json.loads(run("eval", project / "run", "--tasks", "loss", "--data", project / "ids.idx", "--json").out)
+    assert score["items"] == 8
+
+
 def test_dry_run_writes_nothing(project, run):
     shown = run("train", project / "run.yaml", "--dry-run").out
     assert "trainable parameters" in shown
@@ -69,6 +84,7 @@ def test_overwrite_and_resume(project, run):
         (["train", "{project}/run.yaml", "target_modules=[query]"], "The model has Linear layers named"),
         (["train", "{project}/run.yaml", "variant=bat", "r=5"], "would fit them all"),
         (["train", "{project}/run.yaml", "dataset_name={project}/none.jsonl"], "does not exist"),
+        (["tokenize", "{project}/none.jsonl", "{project}/out", "--model", "{project}/run"], "does not exist"),
         (["eval", "{project}", "--tasks", "loss", "--data", "{project}/rows.jsonl"], "has no config.json"),
         (["merge", "{project}", "--output", "{project}/out"], "is not an adapter folder"),
         (["demo", "--variant", "batt", "--output-dir", "{project}/demo"], "Unknown variant 'batt'"),
@@ -98,7 +114,7 @@ def test_the_process_itself_exits_with_2():
     assert not any("bonetune" in line or "Traceback" in line for line in of_libraries)
 
 
-@pytest.mark.parametrize("verb", [[], ["demo"], ["train"], ["eval"], ["merge"], ["chat"], ["estimate"], ["env"]])
+@pytest.mark.parametrize("verb", [[], ["demo"], ["train"], ["eval"], ["merge"], ["chat"], ["tokenize"], ["estimate"], ["env"]])
 def test_help_imports_no_torch(verb):
     """What makes `--help` answer at once."""
     code = f"""

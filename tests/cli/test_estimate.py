@@ -1,6 +1,7 @@
 """`bonetune estimate` from outside."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -41,6 +42,18 @@ def test_the_longest_that_the_settings_allow(config, run):
 def test_a_table_with_what_was_measured(config, run):
     shown = run("estimate", config, "--measure").out
     assert all(word in shown for word in ("predicted", "measured", "activations", "sum", "2 examples of at most"))
+
+
+def test_a_tokenizer_from_elsewhere(config, run, model_folder, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model_folder / name, bare)
+    assert "has no tokenizer" in run("estimate", config, f"model_name_or_path={bare}", code=2).err
+    settings = (f"model_name_or_path={bare}", f"tokenizer_name_or_path={model_folder}")
+    expected, found = (json.loads(run("estimate", config, *more, "--json").out) for more in ((), (*settings, "--measure")))
+    assert found["batch"] == expected["batch"]
+    assert found["measured"]["device"] == found["predicted"]["device"]
 
 
 def test_wrong_input_is_one_line(config, run):

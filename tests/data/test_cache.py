@@ -1,6 +1,7 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 from safetensors import SafetensorError
 
@@ -68,6 +69,16 @@ def test_the_name_follows_from_everything_that_matters(tokenizer):
         *(content_key(ROWS, FORMAT, tokenizer, SETTINGS | more) for more in ({"max_length": 8}, {"truncation": "left"})),
     ]
     assert len(set(names)) == len(names)
+
+
+def test_the_middle_of_a_long_array_matters(folder, tokenizer):
+    given, other = np.ones(5000, np.uint16), np.ones(5000, np.uint16)
+    other[2500] = 2
+    assert str(given) == str(other)
+    row_format, settings = RowFormat("tokens", ("input_ids",)), {"max_length": 5000}
+    kept = [cached_encode_rows([{"input_ids": ids}], row_format, tokenizer, **settings)[0] for ids in (given, other, given)]
+    assert [examples[0].input_ids[2500] for examples in kept] == [1, 2, 1]
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_the_name_follows_from_nothing_else(tokenizer):

@@ -1,5 +1,6 @@
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -12,6 +13,7 @@ from bonetune.errors import InputError
 
 FORMAT = RowFormat("prompt-completion", ("prompt", "completion"))
 TEXT = RowFormat("text", ("text",))
+TOKENS = RowFormat("tokens", ("input_ids",))
 ROWS = [{"prompt": "what is one plus two?", "completion": " three."}, {"prompt": "the lazy", "completion": " dog"}]
 
 
@@ -86,6 +88,24 @@ def test_split_text_is_predicted_token_by_token_once(size, max_length):
     assert all(one.input_ids[-1] == other.input_ids[0] for one, other in pairwise(encoded))
     assert [token for e in encoded for token in e.labels[1:]] == [*text.encode()[1:], 0]
     assert lengths.truncated == (size + 1 > max_length)
+
+
+def test_given_ids_are_cut_and_split_as_text_is(tokenizer):
+    rows = [{"text": "the lazy dog jumps over the quick brown fox"}, {"text": "a"}]
+    given = [{"input_ids": e.input_ids} for e in encode_rows(rows, TEXT, tokenizer, 64)[0]]
+    for mode in ("drop", "left", "right", "split"):
+        assert encode_rows(given, TOKENS, tokenizer, 4, mode) == encode_rows(rows, TEXT, tokenizer, 4, mode)
+        assert EncodedSet(encode_stream(given, TOKENS, tokenizer, 4, mode)) == encode_rows(given, TOKENS, tokenizer, 4, mode)[0]
+    with pytest.raises(InputError, match="choose truncation: drop, left, right or split"):
+        encode_rows(given, TOKENS, tokenizer, 4)
+
+
+def test_ids_of_which_none_is_predicted_are_left_out_and_counted(tokenizer):
+    rows = [{"input_ids": []}, {"input_ids": [5, 6]}, {"input_ids": np.asarray([1], np.uint16)}]
+    (example,), lengths = encode_rows(rows, TOKENS, tokenizer, 5)
+    assert (example.row, lengths.empty, lengths.examples) == (2, 2, 1)
+    with pytest.raises(InputError, match="No row has two tokens or more"):
+        encode_rows(rows[:1], TOKENS, tokenizer, 5)
 
 
 def test_texts_of_nothing_are_left_out_and_counted():

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from bonetune.data import PAPER_PROMPT, RowFormat, Segment
@@ -42,6 +43,24 @@ def test_plain_text_is_supervised_and_ended_once(tokenizer):
     assert RowFormat.detect({"body": "a"}, ["body"]) == RowFormat("text", ("body",))
     with pytest.raises(InputError, match="Rows of text have no question and answer"):
         RowFormat.detect({"text": "a"}).question_and_answer({"text": "a"}, tokenizer)
+
+
+def test_token_ids_are_found_by_their_field_or_their_list(tokenizer):
+    found = RowFormat.detect({"input_ids": [1, 2], "attention_mask": [1, 1]})
+    assert found == RowFormat("tokens", ("input_ids",))
+    assert RowFormat.detect({"input_ids": np.asarray([1, 2], np.uint16)}) == found
+    assert RowFormat.detect({"ids": [1]}, ["ids"]) == RowFormat.detect({"ids": [1]}, ["ids"], kind="tokens")
+    assert RowFormat.detect({"input_ids": [1], "text": "a"}).kind == "text"
+    assert found.is_plain
+    with pytest.raises(InputError, match="Rows of tokens have no question and answer"):
+        found.question_and_answer({"input_ids": [1, 2]}, tokenizer)
+
+
+def test_a_mask_beside_token_ids_is_not_passed_over_in_silence():
+    row = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
+    with pytest.raises(InputError, match=r"labels beside input_ids, which are not heeded.* Say dataset_format: tokens"):
+        RowFormat.detect(row)
+    assert RowFormat.detect(row, kind="tokens") == RowFormat.detect(row | {"labels": [1, 2, 3]})
 
 
 def test_one_conversation_in_three_formats(tokenizer):
@@ -143,6 +162,12 @@ def test_a_kind_that_is_named_is_taken_with_fields_that_are_named(kind, row, fie
         ({"text": "x"}, {"kind": "classification"}, "classification with task_type CAUSAL_LM: choose one of the others"),
         ({"text": "x"}, {"kind": "text", "task_type": "SEQ_CLS"}, "text with task_type SEQ_CLS: choose classification"),
         ({"text": "x"}, {"task_type": "SEQ_2_SEQ_LM"}, "Plain text has nothing to rewrite"),
+        ({"input_ids": "1 2"}, {}, "Row 1, field 'input_ids': '1 2' is no list of token ids"),
+        ({"input_ids": 3}, {"kind": "tokens"}, "Row 1, field 'input_ids': 3 is no list of token ids"),
+        ({"input_ids": np.ones(2)}, {}, r"an array of float64 of the shape \(2,\) is no list"),
+        ({"input_ids": np.ones((2, 2), int)}, {}, r"an array of int64 of the shape \(2, 2\) is no list"),
+        ({"input_ids": [1]}, {"task_type": "SEQ_2_SEQ_LM"}, "Token ids are for task_type CAUSAL_LM, not SEQ_2_SEQ_LM"),
+        ({"input_ids": [1]}, {"kind": "tokens", "task_type": "SEQ_CLS"}, "tokens with task_type SEQ_CLS: choose class"),
         ({"text": "x"}, {"task_type": "TOKEN_CLS"}, "task_type 'TOKEN_CLS' is unknown"),
     ],
 )

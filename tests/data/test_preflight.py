@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from bonetune.data import Encoded, EncodedSet, Lengths
@@ -49,6 +50,17 @@ def test_an_example_that_was_not_cut_must_end(tokenizer):
     ):
         found(tokenizer, [example(5, 6, EOS), endless])
     assert found(tokenizer, [endless], max_length=len(endless.input_ids)) == ()
+
+
+def test_given_ids_may_end_as_they_do_and_that_is_said(tokenizer):
+    endless, whole = example(5, 6, 7, row=3), example(5, 6, EOS)
+    said = messages(tokenizer, [whole, endless], kinds=["tokens"])
+    assert "1 examples of token ids do not end with the end-of-text token '<|im_end|>' (row 3)" in said["given-without-end"]
+    assert found(tokenizer, [whole], kinds=["tokens"]) == ()
+    told = {"sources": np.asarray([0, 1]), "names": ["a", "b"], "max_length": 2000}
+    assert "row 3 of b" in messages(tokenizer, [whole, endless], kinds=["text", "tokens"], **told)["given-without-end"]
+    with pytest.raises(InputError, match="end-not-learned"):
+        found(tokenizer, [whole, endless], kinds=["tokens", "text"], **told)
 
 
 def test_errors_come_together(tokenizer):

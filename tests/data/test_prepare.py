@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from bonetune.data import EncodedSet, RowFormat, encode_rows, prepare, stream
+from bonetune.data import EncodedSet, RowFormat, encode_rows, prepare, stream, write_binidx
 from bonetune.data.streaming import HEAD
 from bonetune.errors import InputError
 
@@ -96,6 +96,34 @@ def test_plain_text_is_split(write, tokenizer):
     assert [f.name for f in ready.findings if f.name == "truncated"]
 
 
+@pytest.mark.parametrize("files", ["jsonl", "binidx"])
+def test_token_ids_are_prepared_and_streamed_as_their_text_is(write, tokenizer, tmp_path, files):
+    rows = [{"input_ids": e.input_ids} for e in encoded(TEXTS, tokenizer)]
+    name = write(rows, "ids.jsonl") if files == "jsonl" else str(tmp_path / "ids")
+    if files == "binidx":
+        write_binidx(name, (row["input_ids"] for row in rows))
+    settings = {"max_length": 4, "truncation": "split"}
+    ready = prepare(tokenizer, dataset_name=(name, write(PAIRS, "pairs.jsonl")), max_length=64, kept_prompts=2)
+    assert list(ready.train) == [*encoded(TEXTS, tokenizer), *encoded(PAIRS, tokenizer)]
+    assert ready.prompts == [("one plus", " one"), ("one plus", " two")]
+    assert ready.row_formats[0] == RowFormat("tokens", ("input_ids",))
+    assert not ready.opened
+    whole = prepare(tokenizer, dataset_name=write(TEXTS, "texts.jsonl"), **settings)
+    for _ in range(2):  # the second time from the cache
+        assert prepare(tokenizer, dataset_name=name, **settings).train == whole.train
+    opened = stream(tokenizer, dataset_name=name, **settings)
+    assert EncodedSet(opened) == EncodedSet(opened) == whole.train
+    assert opened.prompts == []
+
+
+def test_token_ids_without_an_end_are_a_note(write, tokenizer):
+    name = write([{"input_ids": [n, n + 1]} for n in range(5, 9)])
+    for made in (prepare(tokenizer, dataset_name=name), stream(tokenizer, dataset_name=name)):
+        assert [finding.name for finding in made.findings] == ["given-without-end"]
+    held_out = prepare(tokenizer, dataset_name=name, eval_size=1)
+    assert (len(held_out.train), len(held_out.evaluation)) == (3, 1)
+
+
 def test_prompts_are_learned_by_choice(write, tokenizer):
     ready = prepare(tokenizer, dataset_name=write(PAIRS), max_length=64, completion_only_loss=False)
     assert ready.lengths.supervised == ready.lengths.tokens - 100
@@ -129,6 +157,7 @@ BAD = [
     ({"dataset_format": "messages"}, "rows.jsonl: Row 1 has no field 'messages'"),
     ({"task_type": "SEQ_CLS"}, "rows.jsonl: Rows with the fields prompt, completion: name the text's field"),
     ({"eval_dataset_name": "missing.jsonl"}, "missing.jsonl does not exist"),
+    ({"dataset_name": "gone.bin"}, "gone.idx does not exist: it belongs beside gone.bin"),
     ({"max_length": 3, "truncation": "drop"}, "rows.jsonl: All 100 examples are longer than max_length=3"),
     ({"max_length": 2, "truncation": "right"}, "rows.jsonl: .* supervised token left when .*cut to max_length=2"),
 ]

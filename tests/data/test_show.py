@@ -23,6 +23,14 @@ def test_a_character_across_an_edge_stays_whole(tokenizer):
         assert [supervised for _, supervised in parts] == [False, True]
 
 
+def test_given_ids_are_shown_as_text(tokenizer):
+    row = {"input_ids": tokenizer("the lazy dog").input_ids}
+    (example,), _ = encode_rows([row], RowFormat.detect(row), tokenizer, 64)
+    (_, first), (rest, second) = pieces(example, tokenizer)
+    assert (first, second) == (False, True)
+    assert marked(example, tokenizer) == "the lazy dog".removesuffix(rest) + f"⟦{rest}⟧"
+
+
 def test_the_first_token_is_never_supervised(tokenizer):
     ids = tokenizer("ab").input_ids
     assert marked(Encoded(ids, list(ids)), tokenizer) == "a⟦b⟧"

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
@@ -7,6 +8,7 @@ from bonetune.data.tokens import causal_examples
 from bonetune.errors import InputError
 
 FORMAT = RowFormat("messages", ("messages",))
+GIVEN = RowFormat("tokens", ("input_ids",))
 TURNS = [("user", "the quick"), ("assistant", "brown fox"), ("user", "jumps"), ("assistant", "over the lazy dog")]
 ROW = {"messages": [{"role": role, "content": content} for role, content in TURNS]}
 # Turns without tokens of their own, in which words of different people meet in one token.
@@ -106,3 +108,39 @@ def test_a_row_that_cannot_be_rendered_is_named(tokenizer):
 def test_an_empty_prompt_needs_an_opening_token(tokenizer):
     with pytest.raises(InputError, match="An empty prompt"):
         prompt_tokens(tokenizer, "")
+
+
+def test_given_ids_are_those_of_the_text_they_came_from(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    for completion_only_loss in (True, False):
+        text = causal_examples([(7, {"text": "the lazy dog"})], RowFormat("text", ("text",)), tokenizer, completion_only_loss)
+        ids = text[0].input_ids
+        for given in (ids, tuple(ids), np.asarray(ids, np.uint16), [np.int64(token) for token in ids]):
+            made = causal_examples([(7, {"input_ids": given})], GIVEN, tokenizer, completion_only_loss)
+            assert made == text
+            assert {type(token) for token in made[0].input_ids + made[0].labels} == {int}
+
+
+def test_given_ids_get_no_beginning_and_no_end(tokenizer):
+    (example,) = causal_examples([(1, {"input_ids": [5, 6, 7]})], GIVEN, tokenizer)
+    assert (example.input_ids, example.labels, example.supervised) == ([5, 6, 7], [IGNORED, 6, 7], 2)
+
+
+@pytest.mark.parametrize(
+    ("ids", "wrong"),
+    [
+        ([5, 320], "320"),
+        ([5, -1], "-1"),
+        ([5, 10**30], "1000000"),
+        ([5, 6.0], "6.0"),
+        ([5, "6"], "'6'"),
+        ([5, None], "None"),
+        ([5, True], "True"),
+        ([5, [6]], r"\[6\]"),
+        (np.asarray([5, 320], np.uint16), "320"),
+        (np.asarray([5, -3]), "-3"),
+    ],
+)
+def test_ids_of_another_vocabulary_are_named(tokenizer, ids, wrong):
+    with pytest.raises(InputError, match=rf"^Row 4: {wrong}.* is no id of this tokenizer's vocabulary, which has 320 tokens"):
+        causal_examples([(3, {"input_ids": [5, 319]}), (4, {"input_ids": ids})], GIVEN, tokenizer)

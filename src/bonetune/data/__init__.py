@@ -1,5 +1,6 @@
 """From files of rows to masked token sequences and batches."""
 
+from bonetune.data.binidx import binidx_rows, write_binidx
 from bonetune.data.encoding import Lengths, encode_rows
 from bonetune.data.examples import Encoded, EncodedSet
 from bonetune.data.formats import PAPER_PROMPT, RowFormat, Segment
@@ -21,6 +22,7 @@ __all__ = [
     "Prepared",
     "RowFormat",
     "Segment",
+    "binidx_rows",
     "encode_rows",
     "marked",
     "pieces",
@@ -30,4 +32,5 @@ __all__ = [
     "reasoning_problems",
     "stream",
     "stream_rows",
+    "write_binidx",
 ]

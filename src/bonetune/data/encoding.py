@@ -34,7 +34,7 @@ class Lengths:
         longest: tokens of the longest example.
         dropped: rows that were longer and left out.
         truncated: rows that were longer and cut.
-        empty: rows of plain text with nothing in them, left out.
+        empty: rows of plain text, or of token ids, with nothing in them to learn, left out.
         silenced: rows that were longer and lost all that is supervised when they were cut, left out.
     """
 
@@ -79,8 +79,8 @@ def encode_rows(
         tokenizer: a Hugging Face tokenizer with an end-of-text token.
         max_length: largest number of tokens of an example.
         truncation: what becomes of longer ones: `error` refuses the data set, `drop` leaves them out, `left` cuts off their
-            beginning, `right` their end (and with it the end-of-text token), `split` cuts plain text into several, each of
-            which begins with the last token of the one before, so that every token is predicted once. Where nothing
+            beginning, `right` their end (and with it the end-of-text token), `split` cuts plain text (or its ids) into several,
+            each of which begins with the last token of the one before, so that every token is predicted once. Where nothing
             supervised is left of one that was cut, it is left out.
         completion_only_loss: whether a causal language model's prompts are masked.
         task_type: what the model is for.
@@ -102,7 +102,7 @@ def encode_rows(
     examples = EncodedSet(made())
     if outcomes["long"]:
         sizes = np.sort(np.maximum(examples.lengths, examples.labelled))
-        modes = "drop, left, right or split" if row_format.kind == "text" else "drop, left or right"
+        modes = "drop, left, right or split" if row_format.is_plain else "drop, left or right"
         raise InputError(
             f"{outcomes['long']} of {len(sizes)} examples are longer than max_length={max_length} tokens (99th percentile "
             f"{sizes[min(len(sizes) - 1, int(0.99 * len(sizes)))]}, longest {sizes[-1]}). Raise max_length, or choose "
@@ -116,7 +116,7 @@ def encode_rows(
                 f"All {outcomes['silenced']} examples have no supervised token left when they are cut to "
                 f"max_length={max_length} (truncation: {truncation}): raise max_length."
             )
-        raise InputError("No row has any text.")
+        raise InputError("No row has any text." if row_format.kind != "tokens" else "No row has two tokens or more.")
     return examples, Lengths.of(examples, task_type, **counts_of(outcomes))
 
 
@@ -162,7 +162,7 @@ def _check_settings(
 ) -> None:
     if tokenizer.eos_token_id is None and task_type != "SEQ_CLS":
         raise InputError("The tokenizer has no end-of-text token, so a model could never learn to stop: set eos_token.")
-    if truncation == "split" and row_format.kind != "text":
+    if truncation == "split" and not row_format.is_plain:
         raise InputError(f"truncation: split is for plain text, not for {row_format.kind}: choose drop, left or right.")
     if truncation == "split" and max_length < 2:
         raise InputError(f"truncation: split needs a max_length of 2 or more, not {max_length}.")
@@ -192,7 +192,7 @@ def _made(
     while chunk := list(islice(numbered, CHUNK)):
         for number, row in chunk:
             row_format.check(row, number)
-        full = [(number, row) for number, row in chunk if row_format.kind != "text" or row[row_format.fields[0]].strip()]
+        full = [(number, row) for number, row in chunk if not row_format.is_blank(row)]
         yield from (([], "empty") for _ in range(len(chunk) - len(full)))
         for numbered_row, example in zip(full, examples_of(full), strict=True):
             if max(len(example.input_ids), len(example.labels)) <= max_length:

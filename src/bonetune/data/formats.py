@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from bonetune.data.conversation import (
     Message,
     Segment,
@@ -29,7 +31,7 @@ PAPER_PROMPT = (
 # What a template may ask for; braces after a letter or another brace are mathematics: \\boxed{answer}.
 _FILLED, _PLACEHOLDER = re.compile(r"\{(instruction|input)\}"), re.compile(r"(?<![\w}])\{([A-Za-z_]\w*)\}")
 
-Kind = Literal["prompt-completion", "instruction", "alpaca", "sharegpt", "messages", "text", "classification"]
+Kind = Literal["prompt-completion", "instruction", "alpaca", "sharegpt", "messages", "text", "tokens", "classification"]
 TaskName = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"]
 # What each kind's fields are: the names they have if the user names none, and what they are called in messages.
 _FIELDS: dict[Kind, tuple[tuple[str, ...], str]] = {
@@ -38,6 +40,7 @@ _FIELDS: dict[Kind, tuple[tuple[str, ...], str]] = {
     "prompt-completion": (("prompt", "completion"), "the prompt's and the completion's field"),
     "alpaca": (("instruction", "input", "output"), "the instruction's, the input's and the output's field"),
     "text": (("text",), "the text's field"),
+    "tokens": (("input_ids",), "the token ids' field"),
     "instruction": ((), "two fields, the question's and the answer's"),
     "classification": ((), "the text's field (or two texts') and the label's"),
 }
@@ -53,8 +56,8 @@ class RowFormat:
             `alpaca` (an instruction and an output; its input, if any, stands under "### Input:", or where `template` has
             `{input}`),
             `messages` (a list of {role, content}, rendered by the tokenizer's chat template; the assistant's words are
-            supervised), `sharegpt` (the same as {from, value}), `text` (all of it supervised), or `classification` (one or
-            two texts and a label).
+            supervised), `sharegpt` (the same as {from, value}), `text` (all of it supervised), `tokens` (a text's token ids,
+            taken as they are), or `classification` (one or two texts and a label).
         fields: names of the fields used, in the order of these words.
         template: the prompt with `{instruction}` in it; for `alpaca` with three fields, also `{input}`.
     """
@@ -83,7 +86,8 @@ class RowFormat:
             task_type: what the model is for.
 
         Raises:
-            InputError: there is no format that the row fits, listing its fields; or a format that the task cannot learn from.
+            InputError: there is no format that the row fits, listing its fields; or a format that the task cannot learn from;
+                or token ids beside labels that would not be heeded.
         """
         if dataset_field is not None and not dataset_field:
             raise InputError("dataset_field is empty: name the fields, or leave it out.")
@@ -118,6 +122,9 @@ class RowFormat:
         if self.is_conversation(row):
             check_messages(self._messages(row, number), f"Row {number}, field {self.fields[-1]!r}", self._answers_from(row))
             return
+        if self.kind == "tokens":
+            _check_ids(row[self.fields[0]], f"Row {number}, field {self.fields[0]!r}")
+            return
         texts = self.fields[:-1] if self.kind == "classification" else self.fields
         for name in texts:
             if not isinstance(row.get(name), str) and not (name in optional and row.get(name) is None):
@@ -130,7 +137,7 @@ class RowFormat:
                 raise InputError(f"Row {number}, field {self.fields[-1]!r}: the label {label!r} is blank: fill it in.")
 
     def segments(self, row: dict[str, Any], tokenizer: Any) -> list[Segment]:
-        """The row's text in pieces. The end-of-text token stands at the end of the last supervised piece."""
+        """The text of a row that has one in pieces. The end-of-text token stands at the end of the last supervised piece."""
         end = tokenizer.eos_token
         if self.is_conversation(row):
             return conversation_segments(self._messages(row), tokenizer, self._answers_from(row))
@@ -142,15 +149,25 @@ class RowFormat:
     def question_and_answer(self, row: dict[str, Any], tokenizer: Any) -> tuple[str, str]:
         """The text before the last supervised piece, and the answer expected there, without the end-of-text token.
 
-        Raises `InputError` for formats without questions: plain text and classification.
+        Raises `InputError` for formats without questions: plain text, token ids and classification.
         """
         if self.is_conversation(row):
             *before, last = until_last_answer(self._messages(row))
             return render(before, tokenizer, add_generation_prompt=True), last["content"]
-        if self.kind in ("text", "classification"):
+        if self.is_plain or self.kind == "classification":
             raise InputError(f"Rows of {self.kind} have no question and answer: use rows with prompt and completion.")
         prompt, answer = self._prompt_and_answer(row)
         return prompt, answer.removesuffix(tokenizer.eos_token)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows are a text, or its token ids, without a question in it."""
+        return self.kind in ("text", "tokens")
+
+    def is_blank(self, row: dict[str, Any]) -> bool:
+        """Whether a plain row has nothing to learn: a text of white space, or no token that follows another."""
+        content = row[self.fields[0]]
+        return self.is_plain and (not content.strip() if self.kind == "text" else len(content) < 2)
 
     def is_conversation(self, row: dict[str, Any]) -> bool:
         """Whether the row is rendered by the chat template."""
@@ -191,14 +208,21 @@ def _kind(row: dict[str, Any], dataset_field: Sequence[str] | None, task_type: T
     if task_type == "SEQ_CLS":
         return "classification"
     if dataset_field is not None:
-        return "text" if len(dataset_field) == 1 else "instruction"
+        alone = row.get(dataset_field[0]) if len(dataset_field) == 1 else None
+        one = "tokens" if isinstance(alone, list | np.ndarray) else "text"
+        return one if len(dataset_field) == 1 else "instruction"
     for kind, (names, _) in _FIELDS.items():
         if names and all(name in row for name in names if (kind, name) != ("alpaca", "input")):
+            if kind == "tokens" and not np.array_equal(row.get("labels", row[names[0]]), row[names[0]]):
+                raise InputError(
+                    "Rows have labels beside input_ids, which are not heeded: every token but the first would be learned. Say "
+                    "dataset_format: tokens if that is meant; else give prompts and completions as text."
+                )
             return kind
     raise InputError(
         f"Rows with the fields {', '.join(row) or '(none)'} fit no known format: name the question's and the answer's field "
         "(dataset_field: [query, response]), or use the fields prompt and completion, messages, conversations, "
-        "instruction and output, or text."
+        "instruction and output, text, or input_ids."
     )
 
 
@@ -220,3 +244,14 @@ def _check_task(kind: Kind, task_type: TaskName) -> None:
         raise InputError(f"dataset_format {kind} with task_type {task_type}: choose {fitting}, or another task_type.")
     if kind == "text" and task_type == "SEQ_2_SEQ_LM":
         raise InputError("Plain text has nothing to rewrite (SEQ_2_SEQ_LM): name the prompt's and the answer's field.")
+    if kind == "tokens" and task_type != "CAUSAL_LM":
+        raise InputError(f"Token ids are for task_type CAUSAL_LM, not {task_type}: name fields with text in them.")
+
+
+def _check_ids(ids: Any, where: str) -> None:
+    """Raise `InputError`, beginning with `where`, unless `ids` is a list or an array of one; what is in it is seen later."""
+    if isinstance(ids, np.ndarray):
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise InputError(f"{where}: an array of {ids.dtype} of the shape {ids.shape} is no list of token ids.")
+    elif not isinstance(ids, list | tuple):
+        raise InputError(f"{where}: {ids!r:.60} is no list of token ids.")

@@ -9,7 +9,7 @@ import numpy as np
 
 from bonetune.data.encoding import Lengths
 from bonetune.data.examples import IGNORED, Encoded, EncodedSet
-from bonetune.data.formats import TaskName
+from bonetune.data.formats import Kind, TaskName
 from bonetune.data.show import marked
 from bonetune.errors import InputError
 
@@ -47,6 +47,7 @@ def check(
     classes: Sequence[str] = (),
     sources: np.ndarray | None = None,
     names: Sequence[str] = (),
+    kinds: Sequence[Kind] = (),
 ) -> tuple[Finding, ...]:
     """Look through the examples, and return what is worth a warning.
 
@@ -60,6 +61,7 @@ def check(
         classes: a classifier's.
         sources: (examples,), the data set that each training example is from.
         names: of the data sets; where there are several, rows are named with theirs.
+        kinds: how the rows of each are read; token ids may end anywhere, which draws a warning.
 
     Raises:
         InputError: one or more errors, each named: examples without a supervised token, whole examples that do not teach where
@@ -76,7 +78,10 @@ def check(
         found.append(_silent(train, tokenizer, "training", rows))
         if evaluation is not None:
             found.append(_silent(evaluation, tokenizer, "held-out", lambda silent: _rows(evaluation.rows[silent])))
-        found += [_endless(train, tokenizer, max_length, rows), _opened_twice(train, tokenizer, rows)]
+        given = np.isin(np.zeros(len(train)) if sources is None else sources, [n for n, k in enumerate(kinds) if k == "tokens"])
+        endless = (train.lengths < max_length) & (train.supervised > 0) & (train.last_labels() != tokenizer.eos_token_id)
+        found += [_endless(train, tokenizer, np.flatnonzero(endless & ~given), rows), _opened_twice(train, tokenizer, rows)]
+        found.append(_given_endless(tokenizer, np.flatnonzero(endless & given), rows))
     if task_type != "SEQ_CLS":
         found.append(_empty_answers(train, tokenizer, task_type, rows))
     elif classes:
@@ -93,7 +98,7 @@ def _left_out(lengths: Lengths) -> list[Finding | None]:
     return [
         _warning("dropped", lengths.dropped, f"{lengths.dropped} of {total} examples are longer than max_length and left out."),
         _warning("truncated", lengths.truncated, f"{lengths.truncated} rows are longer than max_length and were cut."),
-        _warning("empty-texts", lengths.empty, f"{lengths.empty} rows have no text and were left out."),
+        _warning("empty-texts", lengths.empty, f"{lengths.empty} rows have no text, or no second token, and were left out."),
         _warning(
             "silenced",
             lengths.silenced,
@@ -120,9 +125,7 @@ def _silent(examples: EncodedSet, tokenizer: Any, which: str, rows: Named) -> Fi
     )
 
 
-def _endless(train: EncodedSet, tokenizer: Any, max_length: int, rows: Named) -> Finding | None:
-    whole = (train.lengths < max_length) & (train.supervised > 0)
-    bad = np.flatnonzero(whole & (train.last_labels() != tokenizer.eos_token_id))
+def _endless(train: EncodedSet, tokenizer: Any, bad: np.ndarray, rows: Named) -> Finding | None:
     if not len(bad):
         return None
     return Finding(
@@ -130,6 +133,15 @@ def _endless(train: EncodedSet, tokenizer: Any, max_length: int, rows: Named) ->
         "error",
         f"{len(bad)} examples that were not cut do not end with the end-of-text token {tokenizer.eos_token!r}, supervised "
         f"({rows(bad)}): the model would not learn to stop. One of them: {_shown(train[int(bad[0])], tokenizer)}",
+    )
+
+
+def _given_endless(tokenizer: Any, bad: np.ndarray, rows: Named) -> Finding | None:
+    return _warning(
+        "given-without-end",
+        len(bad),
+        f"{len(bad)} examples of token ids do not end with the end-of-text token {tokenizer.eos_token!r} ({rows(bad)}): the "
+        "model does not learn to stop there.",
     )
 
 

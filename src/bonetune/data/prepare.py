@@ -132,6 +132,7 @@ def prepare(
         classes=settings["classes"],
         sources=sources,
         names=names,
+        kinds=[row_format.kind for row_format in formats],
     )
     return Prepared(
         train=train,

@@ -1,4 +1,4 @@
-"""Rows from local files (jsonl, json, csv, parquet) or from a data set of the Hugging Face hub."""
+"""Rows from local files (jsonl, json, csv, parquet, bin with idx) or from a data set of the Hugging Face hub."""
 
 import csv
 import gzip
@@ -9,19 +9,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from bonetune.data import binidx
 from bonetune.data.slices import Slice
 from bonetune.errors import InputError
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", *binidx.SUFFIXES)
 
 
 def read_rows(source: str, split: str = "train") -> list[Row]:
     """All rows of `source`.
 
     Args:
-        source: a .jsonl, .jsonl.gz, .json (a list of objects, or JSON lines), .csv (with a line of names) or .parquet file, or
-            the id of a data set on the hub.
+        source: a .jsonl, .jsonl.gz, .json (a list of objects, or JSON lines), .csv (with a line of names) or .parquet file,
+            one of a pair of token files (.bin, .idx) or the name without suffix that both have, or the id of a data set on
+            the hub.
         split: "train", or a slice as the hub writes it: "train[:5000]", "train[10%:20%]", "test[-100:]". Of a file, only the
             slice counts.
 
@@ -37,7 +39,8 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
 def stream_rows(source: str, split: str = "train") -> Iterator[Row]:
     """The rows of `read_rows`, read as they are asked for: by line, by row group of a parquet file, from the hub as they come.
 
-    A .json file is read whole. Slices with %, or counted from the end, need all rows and are refused.
+    Ids of token files stay there until they are used. A .json file is read whole. Slices with %, or counted from the end, need
+    all rows and are refused.
     """
     part = Slice.parse(split)
     if part.needs_count:
@@ -62,11 +65,11 @@ def _sliced(rows: list[Row], split: str) -> list[Row]:
 
 
 def _is_file(source: str) -> bool:
-    return source.endswith(SUFFIXES) or Path(source).exists()
+    return source.endswith(SUFFIXES) or Path(source).exists() or binidx.is_binidx(source)
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    if not path.is_file():
+    if not path.is_file() and not binidx.is_binidx(path):
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise InputError(f"Data file {path} {what}: give a {', '.join(SUFFIXES)} file or the id of a data set on the hub.")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -77,6 +80,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
         rows = _csv_rows(path)
     elif path.suffix == ".parquet":
         rows = _parquet_rows(path)
+    elif binidx.is_binidx(path):
+        rows = binidx.binidx_rows(path)
     else:
         raise InputError(f"Data file {path} has an unknown suffix {path.suffix!r}: use {', '.join(SUFFIXES)}.")
     try:

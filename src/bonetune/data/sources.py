@@ -69,8 +69,8 @@ def prompts_of(
     tokenizer: Any,
     kept: int,
 ) -> list[tuple[str, str]]:
-    """Question and expected answer, or text and label, of the first rows of each data set that is not plain text."""
-    asking = [n for n, row_format in enumerate(formats) if row_format.kind != "text"]
+    """Question and expected answer, or text and label, of the first rows of each data set that has questions."""
+    asking = [n for n, row_format in enumerate(formats) if not row_format.is_plain]
     each = -(-kept // max(1, len(asking)))
     chosen = [(n, number) for n in asking for number in numbers[sources == n][:each]][:kept]
     return [_prompt_of(rows_of[n][number - 1], formats[n], tokenizer) for n, number in chosen]

@@ -143,6 +143,7 @@ def stream(
         evaluation=evaluation,
         sources=sources,
         names=names,
+        kinds=[row_format.kind for row_format in formats],
     )
     needed = [int(max(head.rows[sources == n][:kept_prompts], default=0)) for n in range(len(names))]
     rows_of = [list(islice(stream_rows(name, dataset_split), count)) for name, count in zip(names, needed, strict=True)]

@@ -2,11 +2,13 @@
 
 A row's segments are tokenized apart and joined, so that in training the model sees a prompt's tokens exactly as it will see
 them when it answers. From a conversation's second turn on, it will see what went before tokenized as one text; where that makes
-other tokens, they are taken.
+other tokens, they are taken. Token ids that a row gives itself are taken as they are.
 """
 
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from bonetune.data.conversation import Segment
 from bonetune.data.examples import IGNORED, Encoded
@@ -28,8 +30,11 @@ def causal_examples(
         completion_only_loss: whether prompts are masked.
 
     Raises:
-        InputError: a row that cannot be rendered, with its number.
+        InputError: a row that cannot be rendered, or whose token ids are not the tokenizer's, with its number.
     """
+    if row_format.kind == "tokens":
+        words = len(tokenizer)
+        return [_given(row[row_format.fields[0]], number, words) for number, row in rows]
     of_rows = [_segments(row, number, row_format, tokenizer) for number, row in rows]
     pieces = iter(token_ids(tokenizer, [segment.text for segments in of_rows for segment in segments]))
     joined = [_join([(next(pieces), segment.supervised) for segment in segments]) for segments in of_rows]
@@ -70,6 +75,20 @@ def opening_tokens(tokenizer: Any) -> list[int]:
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The token ids of each text, without opening or closing tokens."""
     return tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
+
+
+def _given(ids: Sequence[Any] | np.ndarray, number: int, words: int) -> Encoded:
+    """The example of a row's own ids, all of them supervised but the first."""
+    listed = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+    if set(map(type, listed)) != {int} or min(listed) < 0 or max(listed) >= words:
+        for token in listed:
+            if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < words:
+                raise InputError(
+                    f"Row {number}: {token!r:.40} is no id of this tokenizer's vocabulary, which has {words} tokens (0 to "
+                    f"{words - 1}): tokenize the data by the model's own tokenizer."
+                )
+        listed = [int(token) for token in listed]
+    return Encoded(listed, [IGNORED] * len(listed[:1]) + listed[1:], number)
 
 
 def _segments(row: dict[str, Any], number: int, row_format: RowFormat, tokenizer: Any) -> list[Segment]:
