@@ -29,10 +29,23 @@ def check_lengths(outputs: Tensor, tokens: torch.Size) -> None:
         )
 
 
-def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of each target, 0 where it is `IGNORED`; logits (n, vocabulary), targets (n,)."""
+def negative_log_likelihood(logits: Tensor, targets: Tensor, penalty: float = 0.0) -> Tensor:
+    """Of each target, 0 where it is `IGNORED`; logits (n, vocabulary), targets (n,).
+
+    With a `penalty`, gradients are those of the sum of it and penalty / 2 * max(logits)^2 (RWKV's L2-wrap); the value is not.
+    """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(wide, targets.to(wide.device), ignore_index=IGNORED, reduction="none")
+    targets = targets.to(wide.device)
+    losses = functional.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")
+    if not penalty:
+        return losses
+    added = penalty / 2 * wide.amax(-1).square() * (targets != IGNORED)
+    return losses + (added - added.detach())
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """What each position is to predict: (batch, length) to the same, the label of the position after it."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 class Scoring:
@@ -43,12 +56,12 @@ class Scoring:
 
     Attributes:
         losses: (size,) each: what the chunks' positions lose.
+        output: what the body returned.
         hidden: (n, features), the supervised positions' last hidden states; None if the body was not called where it was
             looked for.
     """
 
-    def __init__(self, model: PreTrainedModel, labels: Tensor, size: int | None = None) -> None:
-        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    def __init__(self, model: PreTrainedModel, targets: Tensor, size: int | None = None, penalty: float = 0.0) -> None:
         positions = (targets.flatten() != IGNORED).nonzero().squeeze(-1)
         self.some = len(positions) > 0
         # one that does not count, if there is none: then too every parameter has a gradient, as DDP needs
@@ -58,9 +71,10 @@ class Scoring:
         self.forward = model.forward
         self.places = [(parent, name, _Body(parent._modules[name], self)) for parent, name in _places(model)]
         self.recompute = _head_is_sharded_apart(model)
+        self.penalty = penalty
         self.losses: list[Tensor] = []
         self.hidden: Tensor | None = None
-        self._output: Any = None
+        self.output: Any = None
         self._chunk: Tensor | None = None
         self._inside = False
 
@@ -79,7 +93,7 @@ class Scoring:
     def let_go(self) -> None:
         """Forget the graph: what hangs in a circle waits for the garbage collector, and its small pieces pin the heap."""
         if not self.recompute:
-            self.hidden = self._output = self._chunk = None
+            self.hidden = self.output = self._chunk = None
             self.places = []
 
     def _scored(self, *args: Any, **kwargs: Any) -> CausalLMOutput:
@@ -93,7 +107,7 @@ class Scoring:
         if self.hidden is None:
             check_lengths(first[0], self.shape)
             wanted = first[0].flatten(0, 1)[self.positions.to(first[0].device)]
-            total = negative_log_likelihood(wanted, self.targets).sum() * self.some
+            total = negative_log_likelihood(wanted, self.targets, self.penalty).sum() * self.some
         else:
             total = (self._recomputing if self.recompute else self._at_once)(first, logits_of)
         return CausalLMOutput(loss=total)  # pyright: ignore[reportArgumentType]  (any floating tensor will do)
@@ -115,18 +129,18 @@ class Scoring:
         if self._chunk is None:
             self._inside = True
             try:
-                self._output = body(*args, **kwargs)
+                self.output = body(*args, **kwargs)
             finally:
                 self._inside = False
-            hidden = self._output[0] if isinstance(self._output, (tuple, ModelOutput)) else self._output
+            hidden = self.output[0] if isinstance(self.output, (tuple, ModelOutput)) else self.output
             check_lengths(hidden, self.shape)
             self.hidden = hidden.flatten(0, 1)[self.positions.to(hidden.device)]
             self.targets = self.targets.to(hidden.device)
             self._chunk = self._part(0)
         chunk = self._chunk[None]
-        if isinstance(self._output, ModelOutput):
-            return type(self._output)(**{**self._output, next(iter(self._output)): chunk})
-        return (chunk, *self._output[1:]) if isinstance(self._output, tuple) else chunk
+        if isinstance(self.output, ModelOutput):
+            return type(self.output)(**{**self.output, next(iter(self.output)): chunk})
+        return (chunk, *self.output[1:]) if isinstance(self.output, tuple) else chunk
 
     def _part(self, number: int) -> Tensor:
         assert self.hidden is not None
@@ -147,14 +161,14 @@ class Scoring:
         if not hidden_gradients and not head:
             return total
         hidden_gradient = torch.cat(hidden_gradients) if hidden_gradients else None
-        return cast(Tensor, _WithGradients.apply(total, (hidden_gradient, *head_gradients), self.hidden, *head))
+        return cast(Tensor, WithGradients.apply(total, (hidden_gradient, *head_gradients), self.hidden, *head))
 
     def _score(self, chunk: Tensor, logits: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Adds to the losses; what of the head is trained, and the gradients of the chunk (if it has one) and of that."""
         if not logits.requires_grad:
             self.losses.append(negative_log_likelihood(logits, targets))
             return [], []
-        losses, gradient = _losses_and_gradient(logits.detach(), targets)
+        losses, gradient = _losses_and_gradient(logits.detach(), targets, self.penalty)
         self.losses.append(losses)
         head = [leaf for leaf in _leaves(logits) if leaf is not chunk]
         with torch.autocast(logits.device.type, enabled=False):
@@ -168,10 +182,10 @@ class Scoring:
         """
 
         def loss_of(chunk: Tensor, targets: Tensor) -> Tensor:
-            return negative_log_likelihood(logits_of(chunk), targets).sum()
+            return negative_log_likelihood(logits_of(chunk), targets, self.penalty).sum()
 
         first_targets, *others = self.targets.split(self.size)
-        total = negative_log_likelihood(first.pop(), first_targets).sum()
+        total = negative_log_likelihood(first.pop(), first_targets, self.penalty).sum()
         for number, targets in enumerate(others, 1):
             total = total + cast(Tensor, checkpoint(loss_of, self._part(number), targets, use_reentrant=False))
         return total * self.some
@@ -227,15 +241,21 @@ def _positions_at_once(model: PreTrainedModel) -> int:
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
-def _losses_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """-log softmax at the targets, and softmax - onehot in the logits' dtype, with one exponential of each logit."""
+def _losses_and_gradient(logits: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """-log softmax at the targets, and softmax - onehot in the logits' dtype, with one exponential of each logit.
+
+    With a `penalty`, the gradient has its term too: see `negative_log_likelihood`.
+    """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     probabilities = wide.softmax(-1)
+    largest, places = wide.max(-1)
     # log sum exp, from the largest logit, whose probability is at least 1 / vocabulary
-    normalizer = wide.amax(-1) - probabilities.amax(-1).log()
+    normalizer = largest - probabilities.amax(-1).log()
     rows = torch.arange(len(targets), device=targets.device)
     losses = normalizer - wide[rows, targets]
     probabilities[rows, targets] -= 1
+    if penalty:
+        probabilities[rows, places] += penalty * largest
     return losses, probabilities.to(logits.dtype)
 
 
@@ -252,7 +272,7 @@ def _leaves(tensor: Tensor) -> list[Tensor]:
     return found
 
 
-class _WithGradients(torch.autograd.Function):
+class WithGradients(torch.autograd.Function):
     """A sum whose gradients are known: of the hidden states, and of the head's trainable tensors."""
 
     @staticmethod

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bonetune.data.examples import IGNORED
-from bonetune.losses.chunks import Scoring, check_lengths, negative_log_likelihood
+from bonetune.losses.chunks import Scoring, check_lengths, negative_log_likelihood, next_tokens
 
 # Models whose logits are not a function of the last hidden state alone, as `check_loss` found out.
 _WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def completion_loss(model: Any, *, labels: Tensor, supervised: Tensor | int | None = None, **inputs: Any) -> Tensor:
+def completion_loss(
+    model: Any, *, labels: Tensor, supervised: Tensor | int | None = None, penalty: float = 0.0, **inputs: Any
+) -> Tensor:
     """sum over supervised tokens of -log p(token | what precedes it), divided by `supervised`.
 
     Args:
@@ -24,6 +26,7 @@ def completion_loss(model: Any, *, labels: Tensor, supervised: Tensor | int | No
             each sequence's first. Of an encoder-decoder: what its decoder is to say.
         supervised: what to divide by, the number of supervised tokens of all batches that make one optimizer step; None
             divides by this batch's own (by 1, if it has none).
+        penalty: of each supervised position's largest logit, in the gradients alone: `bonetune.losses.chunks`.
         inputs: what the model's forward takes: input_ids and attention_mask (batch, length), or input_ids and position_ids
             (1, length) with cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k.
 
@@ -35,18 +38,23 @@ def completion_loss(model: Any, *, labels: Tensor, supervised: Tensor | int | No
     Raises:
         InputError: the model's outputs do not line up with the labels.
     """
-    language_model = _unwrapped(model)
+    language_model = unwrapped(model)
     encoder_decoder = language_model is not None and language_model.config.is_encoder_decoder
-    if language_model is None or encoder_decoder or language_model in _WHOLE:
-        total = _from_all_logits(model, language_model, labels, inputs)
+    if language_model is None or encoder_decoder or not scores_by_chunks(language_model):
+        total = _from_all_logits(model, language_model, labels, inputs, penalty)
     else:
-        scoring = Scoring(language_model, labels)
+        scoring = Scoring(language_model, next_tokens(labels), penalty=penalty)
         with scoring.installed():
             total = model(use_cache=False, **inputs).loss
         scoring.let_go()
     if supervised is None:
         supervised = ((labels if encoder_decoder else labels[:, 1:]) != IGNORED).sum().clamp(min=1)
     return total / supervised
+
+
+def scores_by_chunks(language_model: nn.Module) -> bool:
+    """Whether `check_loss` has not found that the model's logits cannot be made by chunks."""
+    return language_model not in _WHOLE
 
 
 @torch.no_grad()
@@ -60,7 +68,7 @@ def check_loss(model: Any, vocabulary: int) -> bool:
         model: as `completion_loss` takes it.
         vocabulary: token ids are drawn below it.
     """
-    language_model = _unwrapped(model)
+    language_model = unwrapped(model)
     if language_model is None or language_model.config.is_encoder_decoder:
         return False
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +92,7 @@ def check_loss(model: Any, vocabulary: int) -> bool:
 def _trial(model: Any, language_model: PreTrainedModel, labels: Tensor, inputs: dict[str, Any]) -> Tensor | None:
     """The losses by chunks; None if the model's code cannot be run so."""
     try:
-        scoring = Scoring(language_model, labels, size=3)
+        scoring = Scoring(language_model, next_tokens(labels), size=3)
         with scoring.installed():
             model(**inputs)
     except Exception:  # whatever a model's code makes of a body that it does not expect
@@ -92,7 +100,7 @@ def _trial(model: Any, language_model: PreTrainedModel, labels: Tensor, inputs: 
     return None if scoring.hidden is None else torch.cat(scoring.losses)
 
 
-def _unwrapped(model: Any) -> PreTrainedModel | None:
+def unwrapped(model: Any) -> PreTrainedModel | None:
     """The Hugging Face model inside adapters, DDP and torch.compile, if there is nothing else around it."""
     while not isinstance(model, PreTrainedModel):
         if hasattr(model, "_orig_mod"):
@@ -106,7 +114,7 @@ def _unwrapped(model: Any) -> PreTrainedModel | None:
     return model
 
 
-def _from_all_logits(model: Any, language_model: Any, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+def _from_all_logits(model: Any, language_model: Any, labels: Tensor, inputs: dict[str, Any], penalty: float) -> Tensor:
     """Sum of the losses, from logits of all positions, or of the columns with a label if the model can be told."""
     if language_model is not None and language_model.config.is_encoder_decoder:
         decoder_input_ids = language_model.prepare_decoder_input_ids_from_labels(labels=labels)
@@ -122,4 +130,4 @@ def _from_all_logits(model: Any, language_model: Any, labels: Tensor, inputs: di
             check_lengths(logits, labels.shape)
             logits = logits[:, columns]
     check_lengths(logits, targets.shape)
-    return negative_log_likelihood(logits.flatten(0, 1), targets.flatten()).sum()
+    return negative_log_likelihood(logits.flatten(0, 1), targets.flatten(), penalty).sum()
