@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bonetune_cli import allocator
 
-PARTS = ("layers", "step", "saved", "generation", "training", "merging")
+PARTS = ("layers", "step", "saved", "generation", "training", "merging", "rwkv")
 
 
 def main() -> None:
@@ -19,12 +19,13 @@ def main() -> None:
     # imported here: before, they would be imported once for nothing
     from transformers.utils import logging
 
-    from benchmarks import generation, layers, machine, merging, saved, step, training
+    from benchmarks import generation, layers, machine, merging, rwkv, saved, step, training
 
     warnings.simplefilter("ignore")  # PEFT and transformers speak of files and settings that do not matter here
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     runs = {"layers": layers.run, "step": step.run, "saved": saved.run, "generation": generation.run, "merging": merging.run}
+    runs["rwkv"] = rwkv.run
     runs["training"] = partial(training.run, data=arguments.data)
     facts = machine.record()
     content = {"environment": facts, "rounds": arguments.rounds, "quick": arguments.quick}

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.results import Result, markdown
 from benchmarks.timing import interleaved, ratio
@@ -30,7 +29,7 @@ def run(rounds: int, quick: bool) -> Result:
     return Result(rows, f"{caption}\n\n{markdown(['method', 'parameters', 'step'], lines)}")
 
 
-def _step(model: Any, inputs: dict[str, Tensor]) -> Callable[[], None]:
+def _step(model: Any, inputs: dict[str, Any]) -> Callable[[], None]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5) if trainable else None
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.methods import adapt, named
 from bonetune.models import load_base, smollm2
@@ -25,7 +24,7 @@ def where(quick: bool) -> str:
     return f"SmolLM2-135M, batch {BATCH_SIZE} x {LENGTH}, bfloat16 base"
 
 
-def batch(quick: bool) -> dict[str, Tensor]:
+def batch(quick: bool) -> dict[str, Any]:
     """Random tokens, all of them supervised but the first."""
     size = (1, QUICK_LENGTH) if quick else (BATCH_SIZE, LENGTH)
     ids = torch.randint(100, 49000, size, generator=torch.Generator().manual_seed(0))
