@@ -1,8 +1,8 @@
 """Makes docs/api.md, the reference of bonetune's public names, from their docstrings.
 
 `python docs/make_api.py` writes the page; with `--check` it exits with 1 if the page is not what it would write. The page
-has the names of `bonetune.__all__` and `bonetune.ops.__all__`, and the result types that those functions return. A name
-stands in the section of the module that defines it, so a new one needs a docstring, and nothing here.
+has the names of `bonetune.__all__`, `bonetune.ops.__all__` and `bonetune.rwkv.__all__`, and the result types that those
+functions return. A name stands in the section of the module that defines it, so a new one needs a docstring, and nothing here.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bonetune
-from bonetune import errors, ops, spec
+from bonetune import errors, ops, rwkv, spec
 from bonetune.files import write_text
 
 PAGE = Path(__file__).with_name("api.md")
@@ -43,6 +43,7 @@ SECTIONS = (
         "The command line's verbs as functions, and what they return.",
         (
             "bonetune.training",
+            "bonetune.tokenization",
             "bonetune.evaluation",
             "bonetune.merging",
             "bonetune.conversion",
@@ -53,6 +54,7 @@ SECTIONS = (
             "bonetune.diagnostics",
         ),
     ),
+    Section("RWKV", inspect.cleandoc(rwkv.__doc__ or ""), ("bonetune.rwkv",)),
     Section("Errors", inspect.cleandoc(errors.__doc__ or ""), ("bonetune.errors",)),
 )
 # Module and description of each constant: Python keeps neither.
@@ -121,9 +123,10 @@ def signature(thing: Any) -> inspect.Signature:
     kept = [p for p in full.parameters.values() if p.name not in ("self", "cls")]
     if inspect.isclass(thing) and dataclasses.is_dataclass(thing):
         makers = {f.name: f.default_factory for f in dataclasses.fields(thing)}
-        kept = [p if (make := makers[p.name]) is dataclasses.MISSING else p.replace(default=make()) for p in kept]
+        made = {p.name: makers.get(p.name, dataclasses.MISSING) for p in kept}  # a class may have an __init__ of its own
+        kept = [p if (make := made[p.name]) is dataclasses.MISSING else p.replace(default=make()) for p in kept]
         ours = {name for base in thing.__mro__ if _is_ours(base) for name in inspect.get_annotations(base)}
-        if not ours.issuperset(makers):  # PEFT's fields come first
+        if full.parameters.keys() <= makers.keys() and not ours.issuperset(makers):  # PEFT's fields come first
             kept = [p.replace(kind=p.KEYWORD_ONLY) for p in kept if p.name in ours]
     return full.replace(parameters=kept, **({"return_annotation": full.empty} if inspect.isclass(thing) else {}))
 
@@ -132,6 +135,7 @@ def entries() -> list[Entry]:
     """What the page shows. Raises `PageError` naming every public name that has no section or no docstring."""
     public = [_entry(f"bonetune.{name}", getattr(bonetune, name)) for name in bonetune.__all__]
     public += [_entry(f"bonetune.ops.{name}", getattr(ops, name)) for name in ops.__all__]
+    public += [_entry(f"bonetune.rwkv.{name}", getattr(rwkv, name)) for name in rwkv.__all__]
     shown = {entry.thing for entry in public if inspect.isclass(entry.thing)}
     found = [entry for first in public for entry in _with_results(first, shown)]
     if wrong := [f"{entry.name} {reason}" for entry in found if (reason := _what_is_wrong(entry))]:
