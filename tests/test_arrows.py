@@ -9,15 +9,15 @@ ROOT = Path(bonetune.__file__).parent
 # From the ground up. Rooms on one floor do not know each other.
 FLOORS = [
     {"errors"},
-    {"files", "diagnostics"},
+    {"files", "diagnostics", "torch_files"},
     {"spec"},
     {"ops"},
     {"tuner"},
-    {"data"},
+    {"data", "rwkv"},
     {"losses", "metrics", "models"},
     {"formats"},
     {"certificates"},
-    {"merging", "conversion", "hub", "evaluation", "training"},
+    {"merging", "conversion", "hub", "evaluation", "training", "tokenization"},
     {"demonstration"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import rwkv_models
+from safetensors.torch import load_file
 
 import bonetune
 from bonetune.training import load_config
@@ -62,3 +64,22 @@ def test_metamath_is_the_papers_run():
 def test_glue():
     config = load_config(EXAMPLES / "glue.yaml")
     assert (config.task_type, config.warmup_steps, config.learning_rate) == ("SEQ_CLS", 0.06, None)
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_rwkv(tmp_path, version):
+    sizes = {"vocab_size": 65536, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1}
+    base = rwkv_models.file(tmp_path / "base.pth", version, **sizes)
+    places = {"model_name_or_path": str(base), "output_dir": str(tmp_path / "run"), "max_steps": 2}
+    if version == "x060":
+        (tmp_path / "documents.jsonl").write_text('{"text": "The quick brown fox jumps over the lazy dog. "}\n' * 8)
+        made = bonetune.tokenize(str(tmp_path / "documents.jsonl"), str(tmp_path / "documents"), model=str(base))
+        assert made.documents == 8
+        places |= {"dataset_name": str(tmp_path / "documents.bin"), "bptt_length": 4}
+    else:
+        (tmp_path / "train.jsonl").write_text('{"instruction": "one", "output": " two"}\n' * 16)
+        places["dataset_name"] = str(tmp_path / "train.jsonl")
+    assert bonetune.train(EXAMPLES / f"rwkv{version[2]}.yaml", places).steps == 2
+    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    vectors = {"x060": "time_decay", "x070": "w0"}[version]
+    assert {f"base_model.model.blocks.0.att.{vectors}", "base_model.model.blocks.0.att.key.bone_block"} <= tensors.keys()

@@ -2,7 +2,7 @@
 
 Importing this package makes peft_type "BONE" known to PEFT: `peft.get_peft_model(model, bonetune.BoneConfig(r=64))`.
 The command line's verbs are functions here: `train`, `evaluate`, `merge`, `demo`, `environment`, and the class `Chat`; they are
-imported when first used.
+imported when first used, and so is `bonetune.rwkv`, with RWKV's models.
 """
 
 from importlib import import_module
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bonetune.evaluation import Chat, evaluate
     from bonetune.hub import pull, push
     from bonetune.merging import merge
+    from bonetune.tokenization import tokenize
     from bonetune.training import train
 
 register()
@@ -60,6 +61,7 @@ __all__ = [
     "merge",
     "pull",
     "push",
+    "tokenize",
     "train",
 ]
 
@@ -72,6 +74,7 @@ _VERBS = {
     "merge": "bonetune.merging",
     "pull": "bonetune.hub",
     "push": "bonetune.hub",
+    "tokenize": "bonetune.tokenization",
     "train": "bonetune.training",
 }
 
@@ -79,4 +82,6 @@ _VERBS = {
 def __getattr__(name: str) -> Any:
     if name in _VERBS:
         return getattr(import_module(_VERBS[name]), name)
+    if name == "rwkv":
+        return import_module("bonetune.rwkv")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@ from conftest import llama
 from transformers import GenerationConfig, LlamaForSequenceClassification
 
 import bonetune
+from bonetune.data import write_binidx
 from bonetune.errors import InputError
 from bonetune.models import Loaded, generate
 
@@ -91,6 +92,17 @@ def test_loss_is_the_mean_over_supervised_tokens(data, tokenizer):
         total -= logp[len(prompt) - 1 :].sum().item()
         tokens += ids.shape[1] - len(prompt)
     assert result.score == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_loss_of_token_ids_is_that_of_their_text(tmp_path, tokenizer):
+    loaded = Loaded(llama(), tokenizer, "m")
+    texts, ids = tmp_path / "texts.jsonl", tmp_path / "ids"
+    texts.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in PROMPTS))
+    write_binidx(ids, [[*tokenizer(prompt).input_ids, tokenizer.eos_token_id] for prompt in PROMPTS])
+    (expected,), (found,) = (bonetune.evaluate(loaded, ["loss"], data=str(data)) for data in (texts, ids))
+    assert found == expected
+    with pytest.raises(InputError, match="Rows of tokens have no question and answer"):
+        bonetune.evaluate(loaded, ["exact-match"], data=str(ids))
 
 
 def test_limit(data, model_folder):

@@ -304,8 +304,9 @@ def test_into_a_file_of_rwkv(tmp_path):
     state = AdapterState(config("bone"), {"blocks.0.att.key": torch.randn(4, 16)}, {}, Source(bone.NAME, ""))
     bone.write(state, tmp_path / "adapter")
     options = {"base": str(tmp_path / "base.pth"), "scale": 0.5}
-    with pytest.raises(InputError, match="Use --certify layers"):
+    with pytest.raises(InputError, match="no RWKV-6 or RWKV-7 model"):  # it has weights, and nothing to say
         bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "out.pth"), certify="logits", **options)
+    assert not (tmp_path / "out.pth").exists()
     assert bonetune.merge(str(tmp_path / "adapter"), str(tmp_path / "out.pth"), **options).certificate.holds
     merged = torch.load(tmp_path / "out.pth", weights_only=True)
     update = bonetune.ops.Update(state.tensors["blocks.0.att.key"], ShardSpec("bone", 4), 0.5)

@@ -174,7 +174,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, monkeypatch):
     def full(file, *_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bonetune.formats.pth._fill", full)
+    monkeypatch.setattr("bonetune.torch_files._fill", full)
     with pytest.raises(RunError, match="No space left"):
         merge_pth(state, tmp_path / "base.pth", tmp_path / "out.pth", overwrite=True)
     assert (tmp_path / "out.pth").read_bytes() == b"precious"

@@ -1,14 +1,16 @@
 import importlib.util
+import re
 
 import pytest
 import torch
 from adapted_models import config
 from peft import get_peft_model
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 import bonetune
 from bonetune.errors import AdapterFileError, InputError
-from bonetune.models import load_base, load_model, smollm, smollm2
+from bonetune.models import load_base, load_model, load_tokenizer, smollm, smollm2
 
 
 def test_a_folder_is_loaded_with_its_tokenizer(model_folder):
@@ -23,6 +25,42 @@ def test_an_adapter_finds_its_base(tmp_path, model_folder):
     loaded = load_model(str(tmp_path))
     assert (loaded.base, loaded.adapter) == (str(model_folder), str(tmp_path))
     assert loaded.model.peft_config["default"].variant == "bat"
+
+
+@pytest.mark.parametrize(
+    ("eos_token", "token"),
+    [("<|im_start|>", "<|im_start|>"), ("<bos>", "<bos>"), ("Ġthe", "Ġthe"), (" the", "Ġthe"), ("\n", "Ċ")],
+)
+def test_another_token_ends_an_answer_and_does_so_when_saved(model_folder, tmp_path, tokenizer, eos_token, token):
+    changed = load_tokenizer(str(model_folder), eos_token=eos_token)
+    changed.save_pretrained(tmp_path)
+    for found in (changed, load_tokenizer(str(tmp_path))):  # the folder of a tokenizer alone
+        assert (found.eos_token, found.eos_token_id) == (token, tokenizer.convert_tokens_to_ids(token))
+        assert len(found) == len(tokenizer)
+        assert found.pad_token_id == tokenizer.pad_token_id
+        text = tokenizer("the lazy").input_ids
+        assert found("the lazy" + found.eos_token).input_ids == [*text, found.eos_token_id]
+        assert found.decode([*text, found.eos_token_id], skip_special_tokens=True) == "the lazy"
+
+
+def test_what_pads_is_the_end_where_nothing_else_does(model_folder, tmp_path, tokenizer):
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "<|im_end|>"
+    assert load_tokenizer(str(tmp_path), eos_token="<bos>").pad_token == "<bos>"
+
+
+def test_a_token_that_is_added_already_stays_as_it_is(tmp_path, tokenizer):
+    tokenizer.add_tokens([AddedToken("<end>", rstrip=True, special=True)])
+    tokenizer.save_pretrained(tmp_path)
+    changed = load_tokenizer(str(tmp_path), eos_token="<end>")
+    assert changed("a<end> \n").input_ids == [*tokenizer("a").input_ids, changed.eos_token_id]
+
+
+@pytest.mark.parametrize("eos_token", ["", "</s>", "the lazy", "<|im_end|><bos>"])
+def test_an_end_that_is_no_token_is_refused(model_folder, eos_token):
+    with pytest.raises(InputError, match=rf"eos_token '{re.escape(eos_token)}' is no token .* own end of text, '<\|im_end\|>'"):
+        load_tokenizer(str(model_folder), eos_token=eos_token)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from bonetune.training.aliases import CONVERTED, OWN_VALUES, QUANTIZATION_WORDS,
 from bonetune.training.words import IGNORED, REFUSED, RENAMED
 
 MINIMAL = {"model_name_or_path": "m", "dataset_name": "d.jsonl", "output_dir": "o"}
-FROM_SCRIPTS = Path(__file__).parents[2] / "docs" / "from-scripts.md"
+DOCS = Path(__file__).parents[2] / "docs"
 FLAG = re.compile(r"--(\w+) (.+?)(?= --|$)")
 
 
@@ -28,6 +28,7 @@ def read(settings, overrides=None):
 
 def test_own_keys_draw_no_notice():
     assert read({"learning_rate": 1e-4, "report_to": "none", "dtype": "torch.bfloat16", "max_steps": -1})[1] == ""
+    assert read({"eos_token": "</s>", "tokenizer_name_or_path": "t"})[1] == ""
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,9 @@ def test_own_keys_draw_no_notice():
         ({"bits": 16, "double_quant": True, "quant_type": "nf4"}, "quantization", None),
         ({"quantization_bit": 8}, "quantization", "int8"),
         ({"torch_dtype": "torch.float16"}, "dtype", "float16"),
+        ({"tokenizer_name": "t"}, "tokenizer_name_or_path", "t"),
+        ({"tokenizer": "t"}, "tokenizer_name_or_path", "t"),
+        ({"tokenizer_config": "t"}, "tokenizer_name_or_path", "t"),
         ({"dtype": None}, "dtype", "auto"),
         ({"adafactor": True}, "optim", "adafactor"),
         ({"max_steps": -1}, "max_steps", None),
@@ -193,18 +197,19 @@ class TestDataSetsOfAxolotl:
             make_config({"datasets": datasets, "model": "m", "output": "o"})
 
 
-def rows_of_the_page():
-    for line in FROM_SCRIPTS.read_text(encoding="utf-8").splitlines():
+def rows_of_the_pages():
+    pages = [(DOCS / name).read_text(encoding="utf-8") for name in ("from-scripts.md", "from-rwkv-peft.md")]
+    for line in "\n".join(pages).splitlines():
         if line.startswith("| `--") and "MODEL`, or" not in line and "FOLDER`" not in line and "FILE`" not in line:
             flags, here = (cell.strip() for cell in line[1:-1].split(" | ", 1))
             yield flags.strip("`"), here
 
 
-ROWS = [row for row in rows_of_the_page() if row[0] != "--merge True`, `--use_bone True"]
+ROWS = [row for row in rows_of_the_pages() if row[0] != "--merge True`, `--use_bone True"]
 
 
-def test_the_page_has_the_flags_of_the_scripts():
-    assert len(ROWS) > 70
+def test_the_pages_have_the_flags_of_the_scripts():
+    assert len(ROWS) > 130
 
 
 @pytest.mark.parametrize(("flags", "here"), ROWS, ids=[flags for flags, _ in ROWS])

@@ -18,6 +18,17 @@ def test_file_and_overrides(tmp_path):
     assert load_config(path).learning_rate == 2e-4
 
 
+def test_another_tokenizer_and_another_end():
+    config = make_config(MINIMAL)
+    assert (config.tokenizer_name_or_path, config.eos_token) == (None, None)
+    config = make_config(MINIMAL | {"tokenizer_name_or_path": "t", "eos_token": "<|im_end|>"})
+    assert (config.tokenizer_name_or_path, config.eos_token) == ("t", "<|im_end|>")
+
+
+def test_token_ids_are_a_format():
+    assert make_config(MINIMAL | {"dataset_format": "tokens", "truncation": "split"}).dataset_format == "tokens"
+
+
 def test_a_written_config_reads_back(tmp_path):
     config = make_config(MINIMAL | {"variant": "bat-row", "dataset_field": ["query", "response"], "rank_pattern": {"q": 4}})
     (tmp_path / "run.yaml").write_text(config.to_yaml())
@@ -36,6 +47,8 @@ def test_a_written_config_reads_back(tmp_path):
         ({"output_dir": None}, "output_dir: input should be a valid string"),
         ({"r": True}, "r: input should not be a boolean, got True"),
         ({"learning_rate": ".inf"}, "learning_rate: input should be a (finite|valid) number"),
+        ({"eos_token": 3}, "eos_token: input should be a valid string, got 3"),
+        ({"task_type": "SEQ_CLS", "dataset_format": "tokens"}, "SEQ_CLS needs rows with a label"),
         ({"seed": 2**40}, "seed: input should be less than 4294967296"),
         ({"optim": "adamw_tpyo"}, "optim: transformers has no 'adamw_tpyo'; did you mean 'adamw_"),
         ({"prompt_template": "hello"}, r"prompt_template lacks \{instruction\}"),

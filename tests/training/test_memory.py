@@ -51,7 +51,7 @@ def bytes_of(tensors):
 def test_weights_by_category_are_the_real_model_s(settings, changes):
     config = settings(**changes)
     found = predict(config, SMALL, device="cpu")
-    model = get_peft_model(load_base(config.model_name_or_path, config.dtype).model, adapter_config(config))
+    model = get_peft_model(base := load_base(config.model_name_or_path, config.dtype).model, adapter_config(config, base))
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert found.adapter == bytes_of(trained)
@@ -64,7 +64,7 @@ def test_a_step_without_values_takes_what_a_real_one_takes(settings, changes):
     """The same notes of a step with values."""
     config = settings(**({"packing": False} | changes))
     batch = WorstBatch((64,) * 8, bool(config.packing))
-    model = get_peft_model(llama(), adapter_config(config))
+    model = get_peft_model(base := llama(), adapter_config(config, base))
     real = LiveStorages()
     with real:
         real.assign((p for p in memory._tensors(model) if not p.requires_grad), "frozen")
@@ -123,7 +123,7 @@ def test_what_cannot_be_run_without_values_is_said(settings, monkeypatch):
 
     task = memory.task_named("CAUSAL_LM")
     monkeypatch.setattr(memory, "_resident_when_warm", lambda: 0)
-    monkeypatch.setattr(memory, "task_named", lambda name: type(task)(name, loss, task.supervised))
+    monkeypatch.setattr(memory, "task_of", lambda config: type(task)(config.task_type, loss, task.supervised))
     with pytest.raises(InputError, match=r"LlamaForCausalLM cannot be run without values .*--measure"):
         predict(settings(packing=False), SMALL, device="cpu")
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import bonetune
 from bonetune.errors import InputError, RunError, SpecError
+from bonetune.models import end_tokens, load_model
 from bonetune.spec import VARIANTS
 from bonetune.training import folder, plan
 
@@ -317,3 +318,43 @@ def test_a_schedule_that_heeds_evaluations_gets_each_once(settings, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line["step"] for line in lines if "eval_loss" in line]
     assert evaluated == [0, 8, 16]
+
+
+def test_another_tokenizer_with_another_end_is_learned_and_kept(settings, tmp_path, tokenizer):
+    model, own = tmp_path / "model", tmp_path / "tokenizer"
+    llama().save_pretrained(model)  # with no tokenizer beside it
+    tokenizer.save_pretrained(own)
+    with pytest.raises(InputError, match="has no tokenizer that can be loaded"):
+        plan(settings | {"model_name_or_path": str(model)})
+    told = settings | {"model_name_or_path": str(model), "tokenizer_name_or_path": str(own), "eos_token": "<|im_start|>"}
+    assert {e.labels[-1] for e in plan(told).train} == {tokenizer.convert_tokens_to_ids("<|im_start|>")}
+    bonetune.train(told)
+    loaded = load_model(told["output_dir"])
+    assert loaded.tokenizer.eos_token == "<|im_start|>"
+    end = loaded.tokenizer.eos_token_id
+    assert end in end_tokens(loaded.model, loaded.tokenizer)
+    assert bonetune.Chat(loaded).loaded.tokenizer.eos_token_id == end
+    (result,) = bonetune.evaluate(loaded, ["loss"], data=settings["dataset_name"], limit=1)
+    row = json.loads(Path(settings["dataset_name"]).read_text().splitlines()[0])
+    prompt, answer = (tokenizer(row[name]).input_ids for name in ("prompt", "completion"))
+    ids = torch.tensor([[*prompt, *answer, end]])
+    with torch.no_grad():
+        logp = loaded.model(ids).logits.double().log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
+    assert result.score == pytest.approx(-logp[len(prompt) - 1 :].mean().item(), rel=1e-5)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(settings, tmp_path, tokenizer):
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(InputError, match=r"tokenizer has 321 tokens, and .* has embeddings for 320: choose one"):
+        plan(settings | {"tokenizer_name_or_path": str(tmp_path / "tokenizer")})
+
+
+def test_a_run_on_token_ids_is_the_run_on_their_text(settings, tmp_path, model_folder):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{a} after {b}"}) + "\n" for a in WORDS for b in WORDS))
+    texts = settings | {"dataset_name": str(tmp_path / "texts.jsonl"), "output_dir": str(tmp_path / "texts")}
+    bonetune.tokenize(texts["dataset_name"], str(tmp_path / "ids"), model=str(model_folder))
+    ids = settings | {"dataset_name": str(tmp_path / "ids"), "output_dir": str(tmp_path / "out")}
+    assert bonetune.train(ids).last_loss == bonetune.train(texts).last_loss
+    kept = [load_file(Path(told["output_dir"]) / "adapter_model.safetensors") for told in (ids, texts)]
+    assert all(torch.equal(tensor, kept[1][name]) for name, tensor in kept[0].items())

@@ -140,7 +140,7 @@ def certify(model: Any, expected: Witness, tolerance: float | None = None) -> Ce
 
 
 def _dtype(model: Any) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _rms(tensor: Tensor) -> float:

@@ -102,7 +102,7 @@ def convert(
     _refuse({"pre_tokenizer": pre_tokenizer}, "for gguf")
     _check_settings(to, rank, certify, tolerance, dtype)
     state = read_adapter(source, read_as, variant)
-    if rank is not None and not state.spec(next(iter(state.tensors))).blockwise:
+    if rank is not None and not state.config.spec().blockwise:
         raise InputError(
             f"rank is for the BAT variants: the LoRA of a {state.config.variant} adapter has its own r. Leave it out."
         )
@@ -175,7 +175,7 @@ def _fitted(state: AdapterState, to: str, certify: str, base: str | None, *, any
         return None
     check_trust(Path(state.source.path), trusted)
     fitted = fit(state, base, trust_remote_code=trusted)
-    blockwise = state.spec(next(iter(state.tensors))).blockwise
+    blockwise = state.config.spec().blockwise
     noted = state.source.base_fingerprint
     if blockwise and to not in _SAME_TENSORS and noted and not any_base and noted != fitted.checkpoint.fingerprint:
         raise InputError(

@@ -170,7 +170,8 @@ def _loss(
     loaded: Loaded, rows: list[Record], row_format: RowFormat, batch_size: int, max_new_tokens: int, done: Callable[[int], None]
 ) -> TaskResult:
     examples, lengths, limit = _encoded(loaded, rows, row_format)
-    check(examples, loaded.tokenizer, lengths=lengths, max_length=limit, task_type=loaded.task_type)
+    told: dict[str, Any] = {"task_type": loaded.task_type, "kinds": [row_format.kind]}
+    check(examples, loaded.tokenizer, lengths=lengths, max_length=limit, **told)
     vocabulary = getattr(loaded.model.get_input_embeddings(), "num_embeddings", 0)
     if vocabulary:
         check_loss(loaded.model, vocabulary)
@@ -200,7 +201,7 @@ def _encoded(
     truncation = settings.get("truncation", "error")
     limit = room if truncation == "error" else min(room, settings["max_length"])
     told: dict[str, Any] = {"task_type": loaded.task_type, "classes": classes}
-    if truncation in ("left", "right") or (truncation == "split" and row_format.kind == "text"):
+    if truncation in ("left", "right") or (truncation == "split" and row_format.is_plain):
         return *encode_rows(rows, row_format, loaded.tokenizer, limit, truncation, **told), limit
     examples, lengths = encode_rows(rows, row_format, loaded.tokenizer, UNLIMITED, **told)
     fits = np.maximum(examples.lengths, examples.labelled) <= limit

@@ -87,7 +87,7 @@ def detect(path: Path) -> str:
     names = read_tensors(path).keys()
     proven = [
         name
-        for name, ends in ((rwkv.NAME, (".disha", ".bone")), (bare.NAME, (".bone_block", ".miss_block")))
+        for name, ends in ((rwkv.NAME, (".disha", ".bone", ".att.time_state")), (bare.NAME, (".bone_block", ".miss_block")))
         if any(tensor.removesuffix(".default").endswith(ends) for tensor in names)
     ]
     if len(proven) != 1:

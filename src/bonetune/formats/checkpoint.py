@@ -13,6 +13,8 @@ from torch import Tensor
 
 from bonetune.errors import InputError, first_line
 from bonetune.files import read_config
+from bonetune.formats.pth_checkpoint import PthCheckpoint
+from bonetune.rwkv.weights import is_pth
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 # As safetensors names them in a header.
@@ -107,6 +109,15 @@ class Checkpoint:
             right.seek(b.start)
             sizes = (min(_READ_BYTES, a.stop - at) for at in range(a.start, a.stop, _READ_BYTES))
             return all(left.read(size) == right.read(size) for size in sizes)
+
+    @property
+    def names(self) -> set[str]:
+        """Of the stored tensors."""
+        return set(self.stored)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the tensor stored under that name."""
+        return DTYPES[self.stored[name].dtype]
 
     def name_of(self, parameter: str) -> str:
         """The stored name of a model's parameter: its own, or without the name of the model's body (`transformer.h.0...`).
@@ -215,10 +226,15 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def open_checkpoint(name: str, *, fetch: bool = True) -> Checkpoint | PthCheckpoint:
+    """The weights of a model, by its name: a folder, an id on the hub, or an RWKV `.pth`. Errors as theirs."""
+    return PthCheckpoint(Path(name)) if is_pth(name) else Checkpoint(local_folder(name, fetch=fetch))
+
+
 def fingerprint_of(name: str) -> str | None:
-    """The fingerprint of a model of which safetensors files are here; None of any other. Nothing is fetched."""
+    """The fingerprint of a model of which the files are here, safetensors or `.pth`; None of any other. Nothing is fetched."""
     try:
-        return Checkpoint(local_folder(name, fetch=False)).fingerprint
+        return open_checkpoint(name, fetch=False).fingerprint
     except InputError:
         return None
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bonetune.errors import AdapterFileError, InputError
-from bonetune.formats.checkpoint import DTYPES, Checkpoint, local_folder
+from bonetune.formats.checkpoint import Checkpoint, local_folder, open_checkpoint
+from bonetune.formats.pth_checkpoint import PthCheckpoint
 from bonetune.formats.state import AdapterState
 from bonetune.models import AUTO_CLASSES, skeleton
 from bonetune.ops import Update
@@ -41,9 +42,9 @@ class Fitted:
         return local_folder(self.base)
 
     @cached_property
-    def checkpoint(self) -> Checkpoint:
+    def checkpoint(self) -> Checkpoint | PthCheckpoint:
         """The base model's weights, to be read one by one."""
-        return Checkpoint(self.folder)
+        return open_checkpoint(self.base)
 
     def parameter(self, layer: str) -> str:
         """The adapted parameter's name in the base model."""
@@ -56,17 +57,17 @@ class Fitted:
             InputError: it is not there, or stored as codes.
         """
         name = self._stored_name(layer)
-        if not DTYPES[self.checkpoint.stored[name].dtype].is_floating_point:
-            raise InputError(
-                f"{self.base} stores {name} as {self.checkpoint.stored[name].dtype}: pass --base with its own weights."
-            )
+        dtype = self.checkpoint.dtype(name)
+        if not dtype.is_floating_point:
+            stored = str(dtype).removeprefix("torch.")
+            raise InputError(f"{self.base} stores {name} as {stored}: pass --base with its own weights.")
         return self.checkpoint.tensor(name)
 
     def _stored_name(self, layer: str) -> str:
         """Its own, or that of what it is tied to."""
         parameter = self.parameter(layer)
         named = {name_without_adapters(name): p for name, p in self.model.named_parameters(remove_duplicate=False)}
-        tied = [name for name, other in named.items() if other is named[parameter] and name in self.checkpoint.stored]
+        tied = [name for name, other in named.items() if other is named[parameter] and name in self.checkpoint.names]
         return tied[0] if tied and parameter not in tied else self.checkpoint.name_of(parameter)
 
     def update(self, layer: str, scale: float = 1.0) -> Update:
@@ -113,12 +114,14 @@ def fit(state: AdapterState, base: str | None = None, *, trust_remote_code: bool
     heads = [tensor for key, tensor in state.whole.items() if key.rpartition(".")[0] in ("score", "classifier")]
     labels = min((len(head) for head in heads), default=None)
     task = task if task in AUTO_CLASSES else "CAUSAL_LM"
-    model = skeleton(name, task_type=task, num_labels=labels, trust_remote_code=trust_remote_code)
+    states = any(key.endswith(".att.time_state") for key in state.whole)
+    model = skeleton(name, task_type=task, num_labels=labels, trust_remote_code=trust_remote_code, initial_state=states)
     plain = {
         name: tensor.shape for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.state_dict().items())
     }
-    config = replace(state.config, bias="none", modules_to_save=None, trainable_token_indices=None)
-    BoneModel(model, config, "default", low_cpu_mem_usage=True)
+    config = replace(state.config, bias="none", modules_to_save=None, trainable_token_indices=None, trainable_parameters=None)
+    if state.config.adapts_layers:
+        BoneModel(model, config, "default", low_cpu_mem_usage=True)
     layers = layers_of(model)
     wrong = [name for name in state.whole if name not in plain and not name.endswith(".trainable_tokens_delta")]
     if wrong:

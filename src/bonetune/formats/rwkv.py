@@ -10,6 +10,8 @@ What a tensor of an adapter means there, by the time it was written:
 | `.bone`  | (in/r, r, r)   | `bat-row`  | September 2024                                             |
 | `.bone`  | (out/r, r, r)  | `bat`      | before                                                     |
 | `.bone`  | (out, r)       | `bat`      | before; B (out/r, r, r), its first two dimensions as one   |
+
+State tuning leaves `blocks.0.att.time_state` (heads, V, K) of each block, and nothing else.
 """
 
 import re
@@ -30,6 +32,7 @@ from bonetune.tuner import BoneConfig
 NAME = "rwkv-disha"
 _LAYER = re.compile(r"blocks\.\d+\.(?:att\.(?:receptance|key|value|gate|output)|ffn\.(?:key|receptance|value))")
 _PARAMETER = re.compile(r"(?:blocks\.\d+\.(?:att|ffn|ln\d)|emb|head|ln_out)\.\w+(?:\.(?:weight|bias))?")
+_STATE = re.compile(r"blocks\.\d+\.att\.time_state")
 # Where the settings of a run may lie, beside the file.
 _CONFIGS = ("disha_config.json", "bone_config.json", "peft_config.json")
 # A `mode` and what it may be here: settings name no older forms, which had none.
@@ -50,6 +53,8 @@ def read(path: Path, variant: str | None = None, config: Path | Mapping[str, Any
             ways; the message says what to pass.
     """
     content = read_tensors(path)
+    if content and all(_STATE.fullmatch(name) for name in content):
+        return _states(path, content)
     ends = {name.rpartition(".")[2] for name in content} & {"disha", "bone"}
     if len(ends) != 1:
         raise AdapterFileError(_no_adapter(path, content, ends))
@@ -76,7 +81,7 @@ def read(path: Path, variant: str | None = None, config: Path | Mapping[str, Any
     tensors, r = _as_variant(path, tensors, meant)
     if settings.get("r", r) != r:
         raise AdapterFileError(f"{path} has tensors of r={r}, and {said_by} says r={settings['r']!r}.")
-    bone = BoneConfig(r=r, variant=meant, target_modules=sorted(tensors))
+    bone = BoneConfig(r=r, variant=meant, target_modules=sorted(tensors), trainable_parameters=sorted(whole))
     source = Source(NAME, str(path), {path.name: sha256(path)})
     return AdapterState(bone, tensors, whole, source, (f"variant {meant}: {reason}",)).check()
 
@@ -88,7 +93,7 @@ def write(state: AdapterState, path: Path) -> None:
         InputError: RWKV-PEFT does not have the variant, the layers, or a setting that the adapter needs.
     """
     config = state.config
-    if config.variant not in _MODES.values():
+    if state.tensors and config.variant not in _MODES.values():
         others = "miss" if config.variant in ("mini", "bat") else "peft-bone"
         raise InputError(
             f"RWKV-PEFT has no variant {config.variant}: it knows bone and bat-row. Write {others}, or merge the adapter."
@@ -106,6 +111,12 @@ def write(state: AdapterState, path: Path) -> None:
         compact = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
         with beside.open("wb") as file:  # of a path, torch hides why it cannot be written
             torch.save(compact, file)
+
+
+def _states(path: Path, content: dict[str, Tensor]) -> AdapterState:
+    bone = BoneConfig(target_modules=[], trainable_parameters=sorted(content))
+    source = Source(NAME, str(path), {path.name: sha256(path)})
+    return AdapterState(bone, {}, content, source, ("states to begin with, and no adapted layer",)).check()
 
 
 def _no_adapter(path: Path, content: Mapping[str, Tensor], ends: set[str]) -> str:

@@ -81,7 +81,7 @@ class AdapterState:
             for name, tensor in (self.tensors | self.whole).items()
             if not bool(torch.isfinite(tensor).all())
         ]
-        if not self.tensors:
+        if not self.tensors and (not self.whole or self.config.adapts_layers):
             wrong.append("there is no tensor of an adapter in it")
         if wrong:
             raise AdapterFileError(f"{self.source.path} cannot be read as {self.source.format}: {'; '.join(wrong)}.")

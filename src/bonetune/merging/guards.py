@@ -10,10 +10,12 @@ from bonetune.errors import InputError
 from bonetune.files import CERTIFICATE_FILE, SUMMARY_FILE, read_config, usable_folder
 from bonetune.formats.checkpoint import Checkpoint, local_folder
 from bonetune.formats.peft_folder import trained_on
+from bonetune.formats.pth_checkpoint import PthCheckpoint
 from bonetune.formats.tensors import ADAPTER_CONFIG, ADAPTER_FILES, sha256
 from bonetune.merging.memory import read_base_name
 from bonetune.merging.staging import standing
 from bonetune.models import check_trust, parse_dtype, task_type_of
+from bonetune.rwkv.weights import is_pth
 
 
 class Options(NamedTuple):
@@ -55,7 +57,7 @@ def checked_options(
     if not adapters:
         raise InputError("There is no adapter to merge: name at least one.")
     for path in adapters:
-        if not is_pth(base) and not (Path(path) / ADAPTER_CONFIG).is_file():
+        if not (base and is_pth(base)) and not (Path(path) / ADAPTER_CONFIG).is_file():
             raise InputError(f"{path} is not an adapter folder: it has no {ADAPTER_CONFIG}.")
     if len({os.path.realpath(path) for path in adapters}) < len(adapters):
         raise InputError(f"An adapter is named twice: {', '.join(adapters)}. Use --scale to add it more than once.")
@@ -73,7 +75,7 @@ def checked_options(
         raise InputError(f"certify should be auto, logits or layers, got {certify!r}.")
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
         raise InputError(f"tolerance should be a number above 0, got {tolerance}.")
-    if not is_pth(base):
+    if not (base and is_pth(base)):
         for path in adapters:
             check_trust(Path(path), trust_remote_code)
         tasks = {path: task_type_of(path) for path in adapters} if len(adapters) > 1 else {}
@@ -151,6 +153,19 @@ def hashes_of(adapter: Path) -> dict[str, str]:
     return {name: sha256(adapter / name) for name in (ADAPTER_CONFIG, *ADAPTER_FILES) if (adapter / name).is_file()}
 
 
-def is_pth(base: str | None) -> bool:
-    """Whether the base model is one file of RWKV's."""
-    return base is not None and Path(base).suffix == ".pth"
+def pth_of(adapters: Sequence[str]) -> str | None:
+    """The RWKV file that all of the adapters name as their base model, if it is one."""
+    names = {_base_name(path) if (Path(path) / ADAPTER_CONFIG).is_file() else None for path in adapters}
+    name = names.pop() if len(names) == 1 else None
+    return name if name is not None and is_pth(name) else None
+
+
+def check_pth(adapters: Sequence[str], checkpoint: PthCheckpoint) -> None:
+    """Raise `InputError` if an RWKV file is another than an adapter was trained on."""
+    for adapter in map(Path, adapters):
+        known = trained_on(adapter)
+        if known is not None and known != checkpoint.fingerprint:
+            raise InputError(
+                f"{adapter} was trained on a base model with the fingerprint {known[:12]}, and {checkpoint.path} has "
+                f"{checkpoint.fingerprint[:12]}: pass --base FILE, or, to merge into another model deliberately, --any-base."
+            )

@@ -1,26 +1,38 @@
 """`bonetune merge`: adapters and their base model become one model, which is proven to be the adapted one before it counts."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bonetune.certificates import Certificate, LayersCertificate, Witness, certify, hashes, prompts_of, record
 from bonetune.errors import InputError, RunError, first_line
-from bonetune.files import CERTIFICATE_FILE, write_json
+from bonetune.files import CERTIFICATE_FILE, read_run, write_json
 from bonetune.formats import read_adapter
 from bonetune.formats.checkpoint import Checkpoint
-from bonetune.formats.tensors import sha256
+from bonetune.formats.pth_checkpoint import PthCheckpoint
+from bonetune.formats.tensors import ADAPTER_CONFIG, sha256
 from bonetune.merging.checked import Checks
 from bonetune.merging.companions import write_companions
-from bonetune.merging.guards import Options, base_of, check_base, check_output, checked_options, hashes_of, is_pth
+from bonetune.merging.guards import (
+    Options,
+    base_of,
+    check_base,
+    check_output,
+    check_pth,
+    checked_options,
+    hashes_of,
+    pth_of,
+)
 from bonetune.merging.memory import Adapted, NotBuilt
 from bonetune.merging.plan import NotStreamed, Plan, make_plan, read_states
 from bonetune.merging.pth import merge_pth
 from bonetune.merging.staging import JOURNAL, Staging
 from bonetune.merging.streamed import stream
 from bonetune.models import load_base, parse_dtype, task_type_of
+from bonetune.rwkv import from_pth
+from bonetune.rwkv.weights import is_pth
 
 # `auto` compares logits where the model's weights take no more than this part of the memory that is free.
 _COMFORTABLE = 0.4
@@ -75,7 +87,7 @@ def merge(
         adapter: folder of the adapter, or of several for one base model and task, whose updates add up. The tokenizer and its
             chat template are the first one's.
         output: folder to write.
-        base: base model, if it is not where the adapter says. An RWKV `.pth` is merged into a file of that kind, `output`.
+        base: base model, if it is not where the adapter says. Into an RWKV `.pth`, `output` is a file of that kind.
         dtype: of the merged weights; `auto` keeps the base's.
         scale: factor of the update, for all adapters or for each; 1 is what was trained.
         into: for an adapter trained on quantized weights: `trained` merges into the values that those stood for, so that the
@@ -100,9 +112,10 @@ def merge(
     Example:
         >>> bonetune.merge("runs/first", "merged").certificate.holds
     """
+    base = base or pth_of([adapter] if isinstance(adapter, str) else adapter)
     options = checked_options(adapter, output, base, dtype, scale, into, certify, tolerance, overwrite, trust_remote_code)
-    if is_pth(base):
-        return _into_pth(options)
+    if base and is_pth(base):
+        return _into_pth(options, any_base=any_base)
     check_output(options)
     base_name, checkpoint = base_of(options)
     if checkpoint is not None and not any_base:
@@ -127,17 +140,54 @@ def merge(
     return _file_by_file(options, adapted, plan)
 
 
-def _into_pth(options: Options) -> MergeResult:
-    """Merge into an RWKV model, which is one file; its certificate is put beside it."""
-    if options.certify == "logits":
-        raise InputError(f"What {options.base} says cannot be compared: it is a file of weights alone. Use --certify layers.")
+def _into_pth(options: Options, *, any_base: bool) -> MergeResult:
+    """Merge into an RWKV model, which is one file; its certificate is put beside it, and beside adapters that are folders."""
+    base = Path(str(options.base))
+    if not base.is_file():
+        raise InputError(f"There is no base model {base}: pass --base FILE.")
+    checkpoint = PthCheckpoint(base)
+    if not any_base:
+        check_pth(options.adapters, checkpoint)
+    folders = [path for path in options.adapters if (Path(path) / ADAPTER_CONFIG).is_file()]
+    quantized = any(read_run(Path(path)).get("quantization") is not None for path in folders)
+    if quantized and options.into == "trained":
+        raise InputError(
+            f"{options.adapters[0]} was trained on quantized weights, and a .pth is merged from its own: pass --into original, "
+            "and see how far that is from what was trained by --certify logits."
+        )
+    says = options.certify == "logits"
+    if says and len(folders) < len(options.adapters):
+        raise InputError("Without a tokenizer beside each adapter there is nothing to ask the model: use --certify layers.")
     states = [read_adapter(Path(path)) for path in options.adapters]
-    settings: dict[str, Any] = {"dtype": options.dtype, "overwrite": options.overwrite, "tolerance": options.tolerance}
-    certificate = merge_pth(states, Path(str(options.base)), options.output, scale=options.scales, **settings)
-    adapters = [state.source.files for state in states]
-    content = record(certificate, {options.output.name: sha256(options.output)}, adapters=adapters)
+    compare = _comparison(options, folders) if says else None
+    proofs = merge_pth(
+        states,
+        base,
+        options.output,
+        scale=options.scales,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        tolerance=None if says else options.tolerance,
+        compare=compare,
+    )
+    content = record(
+        proofs,
+        {options.output.name: sha256(options.output)},
+        base_fingerprint=checkpoint.fingerprint,
+        adapters=[state.source.files for state in states],
+    )
     write_json(options.output.with_name(f"{options.output.name}.{CERTIFICATE_FILE}"), content)
-    return MergeResult(str(options.output), certificate)
+    _leave_beside(folders, content, options.output)
+    return MergeResult(str(options.output), proofs, options.into if quantized else None)
+
+
+def _comparison(options: Options, folders: list[str]) -> Callable[[Path], Certificate]:
+    """From a written file to how its model compares with the adapted one, which is loaded here: before anything is written."""
+    prompts = list(dict.fromkeys(prompt for path in folders for prompt in prompts_of(Path(path))))
+    trusted = {"trust_remote_code": options.trust_remote_code}
+    adapted = Adapted(folders, options.base, options.scales, options.dtype, options.into, prompts, **trusted)
+    expected = adapted.witness()
+    return lambda written: certify(from_pth(written, "auto"), expected, options.tolerance)
 
 
 def _in_memory(options: Options, adapted: Adapted, checkpoint: Checkpoint | None, reason: str) -> MergeResult:
@@ -217,15 +267,19 @@ def _deliver(options: Options, staging: Staging, certificate: Proven, files: dic
             f"{certificate}."
         )
     staging.publish()
-    del content["files"]  # which are not the adapter's
-    for adapter in options.adapters:
+    _leave_beside(options.adapters, content, options.output)
+
+
+def _leave_beside(adapters: Sequence[str], content: dict[str, Any], output: Path) -> None:
+    """Write the certificate of a merge beside the adapters, too."""
+    content = {name: value for name, value in content.items() if name != "files"}  # which are not the adapter's
+    for adapter in adapters:
         if os.access(adapter, os.W_OK):
             try:
                 write_json(Path(adapter) / CERTIFICATE_FILE, content)
             except OSError as error:
                 raise RunError(
-                    f"{options.output} is written and certified, but {adapter} could not take the certificate: "
-                    f"{first_line(error)}."
+                    f"{output} is written and certified, but {adapter} could not take the certificate: {first_line(error)}."
                 ) from error
 
 

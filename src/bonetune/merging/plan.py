@@ -160,6 +160,8 @@ def make_plan(
         checkpoint = fitted[0].checkpoint
     except InputError as error:
         raise NotStreamed(str(error)) from error
+    if not isinstance(checkpoint, Checkpoint):
+        raise NotStreamed("the base model is no folder of safetensors files")
     _check_kind(checkpoint, model)
     changes = _changes(fitted, scales)
     parameters = {name_without_adapters(name): p for name, p in model.named_parameters(remove_duplicate=False)}

@@ -4,21 +4,21 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bonetune.certificates import Certificate
 from bonetune.certificates.layers import LayerCheck, LayersCertificate, check_layer, random_inputs
 from bonetune.errors import AdapterFileError, BonetuneError, InputError, RunError, SpecError
 from bonetune.files import file_written_beside
-from bonetune.formats.pth import Layout, write_one_by_one
 from bonetune.formats.state import AdapterState
-from bonetune.formats.tensors import map_tensors
 from bonetune.merging.checked import bits
 from bonetune.models import parse_dtype
 from bonetune.ops import PlainWeight, Update, adapted_linear, merge
+from bonetune.torch_files import Layout, map_tensors, write_one_by_one
 
 
 def merge_pth(
@@ -30,12 +30,14 @@ def merge_pth(
     dtype: str = "auto",
     overwrite: bool = False,
     tolerance: float | None = None,
-) -> LayersCertificate:
+    compare: Callable[[Path], Certificate] | None = None,
+) -> LayersCertificate | Certificate:
     """Merge adapters into an RWKV model, and compare what was written with what training computes, layer by layer.
 
     The file has the base model's names, in its order, with its shapes and dtypes. Tensors that an adapter trained whole
-    replace the base model's. In memory there is one weight at a time, in float32 and a few times over; of the base model and
-    the new file, the pages that the system likes to keep.
+    replace the base model's; trained states to begin with, which an RWKV-6 base may lack, follow them. In memory there is one
+    weight at a time, in float32 and a few times over; of the base model and the new file, the pages that the system likes to
+    keep.
 
     Args:
         adapters: one or several, for layers `blocks.0.att.key`.
@@ -45,6 +47,10 @@ def merge_pth(
         dtype: of all floating-point tensors; `auto` keeps the base model's.
         overwrite: replace the file if it exists.
         tolerance: how far a layer's outputs may be off, relative to them; None: by the dtype.
+        compare: makes a further certificate of the written file, before it takes its place.
+
+    Returns:
+        the certificate of `compare`, if there is one, else that of the layers.
 
     Raises:
         InputError: the output exists or is one of the sources, a scale that is not finite, a base model that cannot be read.
@@ -59,6 +65,7 @@ def merge_pth(
         raise InputError(f"Give an adapter and a finite scale for each: got {len(states)} adapters and scale {scale!r}.")
     _check_output(states, base, output, overwrite)
     weights = map_tensors(base)
+    weights |= _states(states, weights, base)
     updates, whole = _plan(states, scales, weights, base)
     layouts = {name: Layout(weight.shape, _dtype(weight, wanted)) for name, weight in weights.items()}
 
@@ -77,11 +84,30 @@ def merge_pth(
         except OSError as error:
             raise RunError(f"{output} could not be written: {error}. What was there is as it was.") from error
         certificate = _certificate(beside, weights, updates, whole, layouts, tolerance)
+        if certificate.holds and compare is not None:
+            certificate = compare(beside)
         if not certificate.holds:
             rejected = output.with_name(f"{output.name}.rejected")
             beside.replace(rejected)
             raise RunError(f"The merged model is not the adapted one, and was kept aside as {rejected}. It is {certificate}.")
     return certificate
+
+
+def _states(states: Sequence[AdapterState], weights: Mapping[str, Tensor], base: Path) -> dict[str, Tensor]:
+    """Room for the states to begin with that adapters trained and the base model lacks: zeros, as it has without them."""
+    found = {}
+    for name in sorted({name for state in states for name in state.whole if name.endswith(".att.time_state")} - set(weights)):
+        heads = weights.get(name.replace("time_state", "time_faaaa"))
+        if name.replace("time_state", "r_k") in weights:
+            raise InputError(
+                f"{base} is an RWKV-7 model, in whose files other programs do not read states ({name}): keep the adapter, or "
+                "convert it to rwkv-disha."
+            )
+        if heads is None:  # no model that has such a layer: told with all else that does not fit
+            continue
+        number, n = heads.shape
+        found[name] = torch.zeros(number, n, n, dtype=heads.dtype)
+    return found
 
 
 def _check_output(states: Sequence[AdapterState], base: Path, output: Path, overwrite: bool) -> None:

@@ -75,7 +75,8 @@ def packing_obstacle(model: Any) -> str | None:
         return f"{name} is an encoder-decoder."
     if "position_ids" not in inspect.signature(inner.forward).parameters:
         return f"{name} takes no position_ids, so that it cannot know where a sequence begins."
-    known = _known_obstacle(inner, name)
+    # a model may say itself that what its layers remember ends where cu_seq_lens_q says
+    known = None if getattr(inner, "packs_by_boundaries", False) else _known_obstacle(inner, name)
     if known is not None:
         return known
     modes = {module: module.training for module in model.modules()}

@@ -1,4 +1,4 @@
-"""What a user names as a model: a Hugging Face folder or id, or the folder of an adapter on one."""
+"""What a user names as a model: a Hugging Face folder or id, an RWKV file, or the folder of an adapter on one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +11,10 @@ from bonetune.data.formats import TaskName
 from bonetune.errors import AdapterFileError, BonetuneError, InputError, first_line
 from bonetune.files import SUMMARY_FILE, read_config, read_run
 from bonetune.models.quantization import let_train, quantization_config
+from bonetune.rwkv import WorldTokenizer, from_pth
+from bonetune.rwkv.weights import is_pth
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, _TOKENIZER_CONFIG = "adapter_config.json", "tokenizer_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # As PEFT knows them, which trains them whole.
 _CLASSIFIERS_HEADS: tuple[str, ...] = ("classifier", "score")
@@ -43,22 +45,53 @@ def parse_dtype(name: str) -> torch.dtype | str:
     return _DTYPES[name]
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, with a padding token: its own, else its end of text.
+def load_tokenizer(name: str, *, trust_remote_code: bool = False, eos_token: str | None = None) -> Any:
+    """The tokenizer of a model, or of a folder with a tokenizer alone, with a padding token: its own, else its end of text.
 
-    Raises `InputError` if there is none.
+    Args:
+        name: a folder, or an id on the hub; for an RWKV `.pth`, the tokenizer is that of its folder, else RWKV's own.
+        trust_remote_code: run code that comes with it.
+        eos_token: a token of its vocabulary that ends an answer, instead of its own end of text.
+
+    Raises:
+        InputError: there is no tokenizer, or `eos_token` is not one token of it.
     """
     from transformers import AutoTokenizer
 
-    if not (Path(name) / ADAPTER_CONFIG).is_file():
+    if not any((Path(name) / file).is_file() for file in (ADAPTER_CONFIG, _TOKENIZER_CONFIG)):
         check_name(name)
+    beside = str(Path(name).parent) if is_pth(name) else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if is_pth(name) and not (Path(beside) / _TOKENIZER_CONFIG).is_file():
+            tokenizer: Any = WorldTokenizer()
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(beside, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"Model {name!r} has no tokenizer that can be loaded: {first_line(error)}") from error
+    if eos_token is not None:
+        known = _id_of(tokenizer, eos_token)
+        # as an added token, so that a text that has it in it makes one token of it; one that is added stays as it is
+        token = tokenizer.added_tokens_decoder.get(known, tokenizer.convert_ids_to_tokens(known))
+        tokenizer.add_special_tokens({"eos_token": token})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _id_of(tokenizer: Any, text: str) -> int:
+    """The id of the one token of the vocabulary that `text` is, by name or as text. Raises `InputError` if it is none."""
+    known = tokenizer.convert_tokens_to_ids(text)
+    if known is not None and tokenizer.convert_ids_to_tokens(known) == text:
+        return known
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise InputError(
+            f"eos_token {text!r} is no token of the tokenizer, which makes {len(ids)} of it: choose one of its vocabulary, "
+            f"such as its own end of text, {tokenizer.eos_token!r}."
+        )
+    return ids[0]
 
 
 def load_base(
@@ -72,11 +105,12 @@ def load_base(
     trust_remote_code: bool = False,
     classes: Sequence[str] | None = None,
     tokenizer: Any = None,
+    initial_state: bool = False,
 ) -> Loaded:
     """Load a model and its tokenizer.
 
     Args:
-        name: a folder written by `save_pretrained`, or an id on the hub.
+        name: a folder written by `save_pretrained`, an id on the hub, or an RWKV `.pth`.
         dtype: of the weights; `auto` takes the checkpoint's.
         task_type: CAUSAL_LM, SEQ_CLS or SEQ_2_SEQ_LM.
         quantization: one of `QUANTIZATIONS`; None loads the weights as they are.
@@ -85,6 +119,7 @@ def load_base(
         trust_remote_code: run code that comes with the model.
         classes: SEQ_CLS: names of the classes; one alone, or none, is regression.
         tokenizer: one already loaded.
+        initial_state: of RWKV models: whether they have states to begin with, for state tuning.
 
     Raises:
         InputError: there is no such model, no tokenizer beside it, or no package for the quantization.
@@ -92,17 +127,26 @@ def load_base(
     import transformers
 
     check_name(name)
+    if is_pth(name):
+        check_rwkv(name, task_type, attn_implementation)
     tokenizer = tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "trust_remote_code": trust_remote_code}
     if quantization is not None:
         heads = [*_CLASSIFIERS_HEADS] if task_type == "SEQ_CLS" else None
         options["quantization_config"] = quantization_config(quantization, dtype, double_quantization, heads)
+    if is_pth(name):
+        options.pop("trust_remote_code")
+        model: Any = from_pth(name, initial_state=initial_state, **options)
+        let_train(model)
+        return Loaded(model.eval(), tokenizer, name)
     if attn_implementation != "auto":
         options["attn_implementation"] = attn_implementation
     if task_type == "SEQ_CLS" and classes is not None:
         options |= {"num_labels": max(len(classes), 1), "problem_type": None if len(classes) > 1 else "regression"}
         if len(classes) > 1:
             options |= {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
+    if initial_state:
+        options["initial_state"] = True
     try:
         model = getattr(transformers, AUTO_CLASSES[task_type]).from_pretrained(name, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -125,6 +169,8 @@ def task_type_of(name: str, *, trust_remote_code: bool = False) -> TaskName:
     from transformers import AutoConfig
 
     check_name(name)
+    if is_pth(name):
+        return "CAUSAL_LM"
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -137,10 +183,22 @@ def task_type_of(name: str, *, trust_remote_code: bool = False) -> TaskName:
 def check_name(name: str) -> None:
     """Raise `InputError` if `name` is a path at which no model lies."""
     path = Path(name)
+    if is_pth(name):
+        if not path.is_file():
+            raise InputError(f"Model file {name} does not exist.")
+        return
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"Model folder {name} has no config.json: it is not a Hugging Face model.")
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise InputError(f"Model folder {name} does not exist.")
+
+
+def check_rwkv(name: str, task_type: str, attn_implementation: str = "auto") -> None:
+    """Raise `InputError` if an RWKV file is asked for what RWKV models do not have."""
+    if task_type != "CAUSAL_LM":
+        raise InputError(f"{name} is a file of an RWKV model, which writes on: task_type {task_type} is not for it.")
+    if attn_implementation != "auto":
+        raise InputError(f"{name} is a file of an RWKV model, which does not attend: leave attn_implementation at auto.")
 
 
 def load_model(
@@ -187,10 +245,9 @@ def load_model(
         double_quantization=run.get("bnb_4bit_use_double_quant", False),
         trust_remote_code=trust_remote_code,
         classes=_classes(folder),
+        initial_state=_has_states(config),
         # the adapter's own is what it was trained with; a chat template may have been added
-        tokenizer=load_tokenizer(name, trust_remote_code=trust_remote_code)
-        if (folder / "tokenizer_config.json").is_file()
-        else None,
+        tokenizer=load_tokenizer(name, trust_remote_code=trust_remote_code) if (folder / _TOKENIZER_CONFIG).is_file() else None,
     )
     try:
         model = PeftModel.from_pretrained(loaded.model, name)
@@ -214,6 +271,12 @@ def check_trust(adapter: Path, trust_remote_code: bool) -> None:
             f"{adapter} was trained with trust_remote_code: loading it runs code that comes with its base model, or with "
             "itself. Pass --trust-remote-code (trust_remote_code=True) if you trust both."
         )
+
+
+def _has_states(config: dict[str, Any]) -> bool:
+    """Whether an adapter trained the states that an RWKV model begins with."""
+    names = config.get("trainable_parameters") or ()
+    return any("time_state" in name for name in ([names] if isinstance(names, str) else names))
 
 
 def _classes(folder: Path) -> list[str] | None:

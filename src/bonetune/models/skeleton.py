@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from bonetune.errors import InputError, first_line
-from bonetune.models.resolve import AUTO_CLASSES, check_name, parse_dtype
+from bonetune.models.resolve import AUTO_CLASSES, check_name, check_rwkv, parse_dtype
+from bonetune.rwkv.weights import is_pth, read_config_of
 
 # Elements that share one scale, and bytes of an element, in each quantization.
 _CODES = {"nf4": (64, 0.5), "fp4": (64, 0.5), "int8": (None, 1.0), "torchao-int8": (None, 1.0), "torchao-int4": (32, 1.0)}
@@ -24,11 +25,13 @@ def skeleton(
     attn_implementation: str = "auto",
     trust_remote_code: bool = False,
     num_labels: int | None = None,
+    initial_state: bool = False,
 ) -> Any:
     """The model that `load_base` would load, with its parameters on the meta device.
 
     Args:
-        name, dtype, task_type, quantization, double_quantization, attn_implementation, trust_remote_code: as `load_base`.
+        name, dtype, task_type, quantization, double_quantization, attn_implementation, trust_remote_code, initial_state: as
+            `load_base`.
         num_labels: SEQ_CLS: number of classes; None: the checkpoint's.
 
     Raises:
@@ -41,7 +44,13 @@ def skeleton(
     wanted = parse_dtype(dtype)
     options = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if is_pth(name):
+            check_rwkv(name, task_type, attn_implementation)
+            config: Any = read_config_of(name)
+        else:
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if initial_state:
+            config.initial_state = True
         if num_labels is not None:
             config.num_labels = num_labels
         dtype_of_weights = (config.dtype or torch.float32) if wanted == "auto" else wanted

@@ -30,6 +30,9 @@ QUANTIZATION_WORDS = (
     *("bnb_4bit_quant_type", "quant_type", "double_quant", "double_quantization", "use_bnb_nested_quant"),
 )
 
+# RWKV-PEFT's words that mean something together.
+RWKV_WORDS = ("lr_final", "lr_schedule", "train_type", "state_tune", "chunk_ctx")
+
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32", None: "auto"}
 _ATTENTION = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "disabled": "eager"}
 _TRUNCATION = {"keep_start": "right", "keep_end": "left"}
@@ -57,12 +60,14 @@ def translate(settings: Mapping[str, Any], below: Mapping[str, Any] | None = Non
     read: list[str] = []
     unused: dict[str, list[str]] = {}
     wrong: list[str] = []
-    converted = [
-        (word, _convert, value) for word, value in settings.items() if word in WORDS and word not in QUANTIZATION_WORDS
-    ]
+    grouped = (*QUANTIZATION_WORDS, *RWKV_WORDS)
+    converted = [(word, _convert, value) for word, value in settings.items() if word in WORDS and word not in grouped]
     quantization = {word: value for word, value in settings.items() if word in QUANTIZATION_WORDS and value is not None}
     base = {**(below or {}), **{key: value for key, (_, value) in found.items()}}
     converted += [(word, lambda w, v: _quantization(w, v, quantization, base), value) for word, value in quantization.items()]
+    of_rwkv = {word: value for word, value in settings.items() if word in RWKV_WORDS and value is not None}
+    for word, value in of_rwkv.items():
+        converted.append((word, lambda w, v: _rwkv_training(w, v, of_rwkv, settings) or None, value))
     for word, convert, value in converted:
         try:
             ours = convert(word, value)
@@ -214,6 +219,50 @@ def _sampling(value: Any) -> Settings:
     return {"group_by_length": value == "group_by_length"}
 
 
+def _rwkv_training(word: str, value: Any, words: Settings, all_words: Mapping[str, Any]) -> Settings:
+    """What one of `RWKV_WORDS` says, given all of them."""
+    if word == "train_type" and value not in ("none", "finetune", "state", "infctx"):
+        raise ValueError(f"{value!r} is not known: it is none, state or infctx")
+    if word == "train_type" and value == "finetune":
+        raise ValueError("bonetune trains adapters, and what train_parts names, not all weights")
+    if (word, value) == ("train_type", "state") or (word == "state_tune" and value):
+        return {"train_parts": ["state"], "target_modules": []}
+    if words.get("train_type") == "infctx" and word in ("train_type", "chunk_ctx"):
+        return {"bptt_length": words.get("chunk_ctx", 512)}
+    if word == "lr_schedule" and value not in ("cos", "cosine", "wsd"):
+        raise ValueError(f"{value!r} is not known: it is cos or wsd")
+    if word == "lr_schedule" and value == "wsd":
+        return {"lr_scheduler_type": "warmup_stable_decay"}
+    if word == "lr_final" and words.get("lr_schedule") == "wsd":
+        start = all_words.get("lr_init", all_words.get("learning_rate", all_words.get("lr")))
+        if not start:
+            raise ValueError("where the rate ends is a share of where it begins in this schedule: say learning_rate, too")
+        return {"lr_scheduler_kwargs": {"min_lr_ratio": float(value) / float(start)}}
+    if word == "lr_final":
+        ends = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": float(value)}}
+        return ends if float(value) else {"lr_scheduler_type": "linear"}
+    return {}
+
+
+def _rwkv_data(value: Any) -> Settings:
+    kinds = {"binidx": "tokens", "jsonl": "text", "sft": None}
+    if value not in tuple(kinds):
+        raise ValueError(f"{value!r} is not read: it is binidx, jsonl or sft")
+    return {"dataset_format": kinds[value]} if kinds[value] else {}
+
+
+def _rwkv_mask(value: Any) -> Settings:
+    if value not in ("none", "pad", "qa"):
+        raise ValueError(f"{value!r} is not known: padding is always masked, and completion_only_loss masks prompts")
+    return {"completion_only_loss": True} if value == "qa" else {}
+
+
+def _shuffled(value: Any) -> Settings:
+    if not value:
+        raise ValueError("examples are always shuffled, by the seed")
+    return {}
+
+
 def _rwkv_adapter(value: Any) -> Settings:
     """RWKV-PEFT's `bone_config` and the like."""
     if not isinstance(value, dict):
@@ -273,12 +322,18 @@ CONVERTED: dict[str, Conversion] = {
     "quant": Conversion("quantization", _rwkv_quantization),
     "precision": Conversion("bf16, fp16", _precision),
     "wandb": Conversion("report_to, run_name", lambda v: {"report_to": ["wandb"], "run_name": v} if v else {}),
+    "data_type": Conversion("dataset_format", _rwkv_data),
+    "loss_mask": Conversion("completion_only_loss", _rwkv_mask),
+    "data_shuffle": Conversion("seed", _shuffled),
+    "random_seed": Conversion("seed", lambda v: {} if v == -1 else {"seed": v}),
     "lora_task_type": Conversion("task_type", lambda v: {"task_type": v}),
 }
 # Our own keys, with values that other tools write.
 OWN_VALUES: dict[str, Callable[[Any], Settings]] = {
     "dtype": _dtype,
     "max_steps": lambda v: {"max_steps": None if v == -1 else v},
+    "warmup_steps": lambda v: {"warmup_steps": 0 if v == -1 else v},
+    "optim": lambda v: {"optim": "adamw_torch" if v == "none" else v},
     "report_to": _reports,
     "fsdp": lambda v: {"fsdp": v if v is None or isinstance(v, bool) else bool(v)},
 }
@@ -287,6 +342,7 @@ _WHY_UNUSED = {word: why for why, words in IGNORED.items() for word in words.spl
 _ASKS_NOTHING = {
     **dict.fromkeys((*REFUSED, *CONVERTED), "it asks for what is the case anyway"),
     **dict.fromkeys(QUANTIZATION_WORDS, "the weights are not quantized like that"),
+    **dict.fromkeys(RWKV_WORDS, "it asks for what is the case anyway"),
 }
 # Every word that `translate` knows, and our key for it, if it has one.
 WORDS: dict[str, str | None] = {
@@ -297,5 +353,10 @@ WORDS: dict[str, str | None] = {
         word: "bnb_4bit_use_double_quant" if "double" in word or "nested" in word else "quantization"
         for word in QUANTIZATION_WORDS
     },
+    "lr_final": "lr_scheduler_type, lr_scheduler_kwargs",
+    "lr_schedule": "lr_scheduler_type",
+    "train_type": "train_parts, bptt_length",
+    "state_tune": "train_parts",
+    "chunk_ctx": "bptt_length",
     **{key: key for key in OWN_VALUES},
 }

@@ -26,6 +26,7 @@ from bonetune.training.settings import (
     ModelSettings,
     OptimizationSettings,
     OutputSettings,
+    RWKVSettings,
 )
 
 # Schedules that follow the evaluation loss.
@@ -34,7 +35,14 @@ _NAMES = re.compile(r"[\w./-]+(\s*,\s*[\w./-]+)+")  # and no regular expression
 
 
 class RunConfig(
-    DistributedSettings, OutputSettings, OptimizationSettings, AdapterSettings, DataSettings, ModelSettings, frozen=True
+    DistributedSettings,
+    OutputSettings,
+    OptimizationSettings,
+    RWKVSettings,
+    AdapterSettings,
+    DataSettings,
+    ModelSettings,
+    frozen=True,
 ):
     """Everything `bonetune train` can be told: the sections of `bonetune.training.settings`. Unknown keys are errors."""
 
@@ -261,6 +269,18 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         (
             c.lr_scheduler_type in HEEDING_EVALUATIONS and not held_out,
             f"lr_scheduler_type {c.lr_scheduler_type} goes by evaluations: set eval_dataset_name or eval_size",
+        ),
+        (
+            c.bptt_length is not None and c.packing is True,
+            "bptt_length goes through examples segment by segment, and packing lays them end to end: choose one",
+        ),
+        (
+            c.bptt_length is not None and (c.fsdp or c.deepspeed is not None),
+            "bptt_length trains whole models, on one device or several (DDP): leave fsdp and deepspeed out",
+        ),
+        (
+            (c.bptt_length is not None or c.l2_wrap > 0) and c.task_type != "CAUSAL_LM",
+            f"bptt_length and l2_wrap are for task_type CAUSAL_LM; task_type is {c.task_type}",
         ),
         (c.bf16 and c.fp16, "bf16 and fp16 are two precisions: choose one"),
         (

@@ -6,6 +6,7 @@ is about lr * sqrt(in * r): twice the shard size asks for 1/sqrt(2) of the rate.
 """
 
 import math
+from typing import Any
 
 from bonetune.spec import ShardSpec
 
@@ -25,3 +26,15 @@ def default_learning_rate(spec: ShardSpec) -> float:
 def lora_sized(rate: float, spec: ShardSpec) -> bool:
     """Whether `rate` is so far above the default that it was probably chosen for LoRA (1e-4 to 2e-3 there)."""
     return rate > _TOO_LARGE * default_learning_rate(spec)
+
+
+def schedule_settings(name: str, given: dict[str, Any], steps: int) -> dict[str, Any]:
+    """What transformers' schedule takes besides, for a run of `steps`.
+
+    The decay of warmup_stable_decay, num_decay_steps, may be a share of the run, and is a tenth of it where nothing is said:
+    the rate rises in warmup_steps, stays, and falls then.
+    """
+    if name != "warmup_stable_decay":
+        return given
+    decay = given.get("num_decay_steps", 0.1)
+    return given | {"num_decay_steps": math.ceil(decay * steps) if decay < 1 else int(decay)}

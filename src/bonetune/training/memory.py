@@ -25,7 +25,7 @@ from bonetune.models import load_base, packed_attention
 from bonetune.models.skeleton import skeleton
 from bonetune.training.config import RunConfig
 from bonetune.training.live_storages import LiveStorages, WithoutValues
-from bonetune.training.plan import adapter_config, model_options
+from bonetune.training.plan import adapter_config, model_options, task_of, tokenizer_of
 from bonetune.training.tasks import ABOUT, task_named
 
 
@@ -100,7 +100,7 @@ def worst_batch(config: RunConfig, lengths: np.ndarray | None = None) -> WorstBa
         config: the run's settings. Where `packing` is `auto`, it is taken to be possible.
         lengths: (examples,), tokens of each example of the data; None: every example has `max_length`.
     """
-    packed = bool(config.packing) and config.task_type == "CAUSAL_LM"
+    packed = bool(config.packing) and config.task_type == "CAUSAL_LM" and config.bptt_length is None
     number = config.per_device_train_batch_size
     if lengths is None:
         return WorstBatch((config.max_length,) * number, packed)
@@ -121,7 +121,7 @@ def predict(config: RunConfig, batch: WorstBatch | None = None, *, device: str |
     device, batch = device or _device(), batch or worst_batch(config)
     process = _resident_when_warm() if device == "cpu" else 0
     base = skeleton(config.model_name_or_path, config.dtype, **model_options(config), num_labels=config.num_labels)
-    model: Any = get_peft_model(base, adapter_config(config), low_cpu_mem_usage=True)
+    model: Any = get_peft_model(base, adapter_config(config, base), low_cpu_mem_usage=True)
     storages = LiveStorages()
     try:
         with WithoutValues(), storages:
@@ -155,8 +155,8 @@ def measure(config: RunConfig, batch: WorstBatch | None = None) -> Measurement:
     """
     device, batch = _device(), batch or worst_batch(config)
     process = _resident_when_warm() if device == "cpu" else 0
-    loaded = load_base(config.model_name_or_path, config.dtype, **model_options(config))
-    model: Any = get_peft_model(loaded.model, adapter_config(config)).to(device)
+    loaded = load_base(config.model_name_or_path, config.dtype, **model_options(config), tokenizer=tokenizer_of(config))
+    model: Any = get_peft_model(loaded.model, adapter_config(config, loaded.model)).to(device)
     _set_back_peak(device)
     _train_for_two_steps(model, config, batch, device)
     return Measurement(_peak(device) - process, process, device)
@@ -175,7 +175,7 @@ def _train_for_two_steps(
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda p: storages.assign([p.grad], "gradients"))
     inputs = _inputs(config, batch, model, device)
-    task = task_named(config.task_type)
+    task = task_of(config)
     for micro_batches in (1, min(2, config.gradient_accumulation_steps)):
         optimizer.zero_grad(set_to_none=True)
         for _ in range(micro_batches):
@@ -274,7 +274,7 @@ def _resident_when_warm() -> int:
         LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
     )
     config = RunConfig(model_name_or_path="", dataset_name="", output_dir="", r=4, packing=False)
-    _train_for_two_steps(get_peft_model(toy, adapter_config(config)), config, WorstBatch((8, 8)), "cpu")
+    _train_for_two_steps(get_peft_model(toy, adapter_config(config, toy)), config, WorstBatch((8, 8)), "cpu")
     del toy
     gc.collect()
     return _status("VmRSS", lambda: _peak("cpu"))

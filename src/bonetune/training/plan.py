@@ -22,6 +22,7 @@ from bonetune.data.batches import Batch, BatchPlan
 from bonetune.errors import InputError
 from bonetune.losses import check_loss
 from bonetune.models import Loaded, load_base, load_tokenizer, packed_attention, packing_obstacle
+from bonetune.rwkv import parameters_of
 from bonetune.training.checkpoints import step_of
 from bonetune.training.config import RunConfig, load_config, make_config
 from bonetune.training.folder import claim, finished
@@ -199,8 +200,8 @@ def plan(
     config = resolved(config, overrides)
     _check_surroundings(config)
     checkpoint = claim(config, resume=resume, overwrite=overwrite)
-    task = task_named(config.task_type)
-    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    task = task_of(config)
+    tokenizer = tokenizer_of(config)
     data = read_data(config, tokenizer)
     set_seed(config.seed)  # a classifier's head is drawn when it is loaded
     loaded = load_base(
@@ -208,12 +209,17 @@ def plan(
     )
     rate, notes = _learning_rate(config)
     vocabulary = getattr(loaded.model.get_input_embeddings(), "num_embeddings", 0)
-    model = get_peft_model(loaded.model, adapter_config(config))
+    _check_tokenizer(config, tokenizer, vocabulary)
+    model = get_peft_model(loaded.model, adapter_config(config, loaded.model))
     train_whole_modules_in_float32(model)
     _check_saved_modules(config, model)
     packing, why_not = _packing(config, loaded.model)
-    if config.task_type == "CAUSAL_LM" and vocabulary:
-        check_loss(model, vocabulary)
+    by_chunks = config.task_type == "CAUSAL_LM" and vocabulary and check_loss(model, vocabulary)
+    if config.bptt_length is not None and not (by_chunks and getattr(loaded.model, "carries_state", False)):
+        raise InputError(
+            f"bptt_length is for models that carry a state from one token to the next, and {type(loaded.model).__name__} does "
+            "not: leave it out."
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch set it
     batches = BatchPlan(
         data.train.lengths,
@@ -332,7 +338,7 @@ def read_data(config: RunConfig, tokenizer: Any) -> Data:
 
 def _packing(config: RunConfig, model: Any) -> tuple[bool, list[str]]:
     """Whether to pack, and a note if a model that was not told to cannot."""
-    if config.packing is False or config.task_type != "CAUSAL_LM":
+    if config.packing is False or config.task_type != "CAUSAL_LM" or config.bptt_length is not None:
         return False, []
     with packed_attention(model, config.attn_implementation):
         obstacle = packing_obstacle(model)
@@ -362,11 +368,30 @@ def _check_continues(planned: Plan, checkpoint: Path) -> None:
         )
 
 
+def _check_tokenizer(config: RunConfig, tokenizer: Any, vocabulary: int) -> None:
+    if config.tokenizer_name_or_path is not None and 0 < vocabulary < len(tokenizer):
+        raise InputError(
+            f"tokenizer_name_or_path {config.tokenizer_name_or_path} has {len(tokenizer)} tokens, and "
+            f"{config.model_name_or_path} has embeddings for {vocabulary}: choose one that was made for the model."
+        )
+
+
 def _check_saved_modules(config: RunConfig, model: Any) -> None:
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     unknown = [name for name in config.modules_to_save or () if name.rpartition(".")[2] not in names]
     if unknown:
         raise InputError(f"modules_to_save names modules that the model does not have: {', '.join(unknown)}.")
+
+
+def tokenizer_of(config: RunConfig) -> Any:
+    """The tokenizer that a run's settings name, as `bonetune.models.load_tokenizer` loads it."""
+    name = config.tokenizer_name_or_path or config.model_name_or_path
+    return load_tokenizer(name, trust_remote_code=config.trust_remote_code, eos_token=config.eos_token)
+
+
+def task_of(config: RunConfig) -> Task:
+    """What a run's settings train for, with the loss that they ask for."""
+    return task_named(config.task_type, bptt_length=config.bptt_length, l2_wrap=config.l2_wrap)
 
 
 def model_options(config: RunConfig) -> dict[str, Any]:
@@ -377,13 +402,18 @@ def model_options(config: RunConfig) -> dict[str, Any]:
         "double_quantization": config.bnb_4bit_use_double_quant,
         "attn_implementation": config.attn_implementation,
         "trust_remote_code": config.trust_remote_code,
+        "initial_state": "state" in config.train_parts,
     }
 
 
-def adapter_config(config: RunConfig) -> BoneConfig:
-    """The `BoneConfig` that a run's settings describe."""
-    fields = AdapterSettings.model_fields
-    return BoneConfig(**{name: _listed(getattr(config, name)) for name in fields}, task_type=TaskType(config.task_type))
+def adapter_config(config: RunConfig, model: Any) -> BoneConfig:
+    """The `BoneConfig` that a run's settings describe, for a model that has no adapter yet."""
+    settings = {name: _listed(getattr(config, name)) for name in AdapterSettings.model_fields}
+    if config.train_parts:
+        if isinstance(config.trainable_parameters, str):
+            raise InputError("trainable_parameters is a regular expression, and train_parts names parts: name the parameters.")
+        settings["trainable_parameters"] = [*(config.trainable_parameters or ()), *parameters_of(model, config.train_parts)]
+    return BoneConfig(**settings, task_type=TaskType(config.task_type))
 
 
 def resolved(config: RunConfig | str | Path | dict[str, Any], overrides: dict[str, Any] | list[str] | None = None) -> RunConfig:
@@ -397,9 +427,12 @@ def resolved(config: RunConfig | str | Path | dict[str, Any], overrides: dict[st
 
 def _learning_rate(config: RunConfig) -> tuple[float, list[str]]:
     default = default_learning_rate(config.spec)
+    adapts_layers = config.target_modules != () or config.target_parameters is not None
+    if config.learning_rate is None and not adapts_layers:
+        raise InputError("learning_rate has a default for adapted layers, and target_modules names none: set it.")
     if config.learning_rate is None:
         return default, []
-    if not lora_sized(config.learning_rate, config.spec):
+    if not adapts_layers or not lora_sized(config.learning_rate, config.spec):
         return config.learning_rate, []
     note = (
         f"learning_rate={config.learning_rate:g} is of LoRA's size. {config.variant} with r={config.r} moves every weight by "

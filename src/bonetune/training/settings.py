@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveIn
 from bonetune.data import PAPER_PROMPT
 from bonetune.data.encoding import Truncation
 from bonetune.data.formats import Kind
+from bonetune.rwkv.parts import Part
 from bonetune.spec import Variant
 
 TaskName = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"]
@@ -21,7 +22,15 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class ModelSettings(BaseModel, frozen=True):
     """What is trained."""
 
-    model_name_or_path: str = Field(description="a folder written by save_pretrained, or an id on the hub")
+    model_name_or_path: str = Field(
+        description="a folder written by save_pretrained, an id on the hub, or an RWKV-6 or RWKV-7 .pth"
+    )
+    tokenizer_name_or_path: str | None = Field(
+        default=None, description="another tokenizer than the one beside the model: a folder or an id on the hub"
+    )
+    eos_token: str | None = Field(
+        default=None, description="the token that ends an answer, where it is not the tokenizer's own"
+    )
     task_type: TaskName = Field(
         default="CAUSAL_LM",
         description="what the model is for: writing on, judging a text (SEQ_CLS), or rewriting it (SEQ_2_SEQ_LM)",
@@ -47,7 +56,7 @@ class DataSettings(BaseModel, frozen=True):
     """On what, and how rows become examples."""
 
     dataset_name: str | tuple[str, ...] = Field(
-        description=".jsonl, .json, .csv or .parquet file, or an id on the hub; or several"
+        description=".jsonl, .json, .csv or .parquet file, token files (.bin with .idx), or an id on the hub; or several"
     )
     dataset_split: str = Field(
         default="train", description="split of a hub data set, or a slice of any: train[:5000], train[10%:]"
@@ -59,7 +68,7 @@ class DataSettings(BaseModel, frozen=True):
         default="auto", description="how rows are read; auto tells from their fields"
     )
     dataset_field: tuple[str, ...] | None = Field(
-        default=None, description="names of the fields: question and answer; text; or text(s) and label"
+        default=None, description="names of the fields: question and answer; text or token ids; or text(s) and label"
     )
     prompt_template: str = Field(
         default=PAPER_PROMPT,
@@ -74,7 +83,7 @@ class DataSettings(BaseModel, frozen=True):
     max_length: PositiveInt = Field(default=1024, description="longest example, in tokens")
     truncation: Truncation = Field(
         default="error",
-        description="what becomes of longer ones: error (with their count), drop, left, right, split (plain text)",
+        description="what becomes of longer ones: error (with their count), drop, left, right, split (plain text, token ids)",
     )
     streaming: bool = Field(default=False, description="read rows as they are needed; needs max_steps")
     shuffle_buffer_size: PositiveInt = Field(default=4096, description="streaming: examples among which is shuffled")
@@ -103,10 +112,34 @@ class AdapterSettings(BaseModel, frozen=True):
     modules_to_save: tuple[str, ...] | None = Field(
         default=None, description="modules trained whole and saved with the adapter"
     )
+    trainable_parameters: str | tuple[str, ...] | None = Field(
+        default=None, description="parameters trained whole and saved with the adapter: ends of names, or a regular expression"
+    )
     trainable_token_indices: tuple[NonNegativeInt, ...] | dict[str, tuple[NonNegativeInt, ...]] | None = Field(
         default=None, description="rows of the embedding trained whole"
     )
     ensure_weight_tying: bool = Field(default=False, description="adapt tied embeddings by one tensor")
+
+
+class RWKVSettings(BaseModel, frozen=True):
+    """What RWKV models have besides."""
+
+    train_parts: tuple[Part, ...] = Field(
+        default=(),
+        description="trained whole beside the adapter: time (token shifts, decays and all else of the mixing that is no "
+        "projection), ln, emb, head, state (states to begin with: state tuning)",
+    )
+    bptt_length: PositiveInt | None = Field(
+        default=None,
+        description="go through long examples in segments of so many tokens, each on the state that the one before it left: "
+        "memory stops growing with the length, and gradients reach back to their segment's beginning",
+    )
+    l2_wrap: float = Field(
+        default=0.0,
+        ge=0,
+        description="pull each position's largest logit towards 0, by this factor (1e-4 in RWKV's own training); in the "
+        "gradients alone",
+    )
 
 
 class OptimizationSettings(BaseModel, frozen=True):

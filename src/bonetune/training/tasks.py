@@ -1,7 +1,8 @@
 """What a model is trained for: how its examples are batched, what the loss is, what is measured beside it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bonetune.data import Encoded, EncodedSet
 from bonetune.data.batches import Batch, packed, padded
-from bonetune.losses import classification_loss, completion_loss, is_labelled, label_loss
+from bonetune.losses import classification_loss, completion_loss, is_labelled, label_loss, segmented_loss
 from bonetune.metrics import agreement
 
 # What travels with a batch and is no input of the model.
@@ -57,9 +58,13 @@ class Task:
         return total, count, torch.cat(logits) if logits else None, torch.cat(labels) if labels else None
 
 
-def task_named(name: str) -> Task:
-    """The task of a `task_type`."""
-    return _TASKS[name]
+def task_named(name: str, *, bptt_length: int | None = None, l2_wrap: float = 0.0) -> Task:
+    """The task of a `task_type`; of a causal language model, with a loss by segments or a penalty on the largest logits."""
+    task = _TASKS[name]
+    penalty = {"penalty": l2_wrap} if l2_wrap else {}
+    if bptt_length is not None:
+        return replace(task, loss=partial(segmented_loss, bptt_length=bptt_length, **penalty))
+    return replace(task, loss=partial(task.loss, **penalty)) if penalty else task
 
 
 _TASKS = {

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,9 @@ def train(
     """
     planned = plan(config, overrides, resume=resume, overwrite=overwrite)
     folder = Path(planned.config.output_dir)
-    with termination() as ending, planned.attention():
+    with termination() as ending, planned.attention(), warnings.catch_warnings():
+        # PEFT looks for a configuration beside the weights, and a file of RWKV's has none
+        warnings.filterwarnings("ignore", r"Could not find a config file in .*\.pth", UserWarning)
         trainer = make_trainer(planned, on_progress, ending)
         if trainer.is_world_process_zero():
             if on_plan is not None:

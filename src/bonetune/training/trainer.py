@@ -22,6 +22,7 @@ from bonetune.files import write_json
 from bonetune.training import checkpoints
 from bonetune.training.config import HEEDING_EVALUATIONS
 from bonetune.training.folder import BAD_BATCH_FILE, METRICS_FILE
+from bonetune.training.learning_rate import schedule_settings
 from bonetune.training.loader import Shares, streaming_loader, training_loader
 from bonetune.training.plan import DATA_FILE, Plan
 from bonetune.training.report import Progress, Recorder, Tally
@@ -62,7 +63,7 @@ def training_arguments(planned: Plan) -> TrainingArguments:
         output_dir=config.output_dir,
         learning_rate=planned.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
-        lr_scheduler_kwargs=config.lr_scheduler_kwargs or None,
+        lr_scheduler_kwargs=schedule_settings(config.lr_scheduler_type, config.lr_scheduler_kwargs, planned.steps) or None,
         warmup_steps=config.warmup_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
