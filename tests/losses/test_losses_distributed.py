@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import rwkv_models
 import torch
 import torch.distributed as dist
 from adapted_models import adapted
@@ -18,18 +19,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bonetune.losses.chunks
 from bonetune.data.examples import IGNORED
-from bonetune.losses import completion_loss
+from bonetune.losses import completion_loss, segmented_loss
 
 PROCESSES, SECONDS = 2, 120
 HEADS = ("adapted", "frozen", "trained whole")
 KINDS = ("ddp", "ddp, one without labels", "fsdp", "fsdp, head apart", "fsdp, norm and head apart")
-CASES = [(kind, head) for kind in KINDS for head in HEADS]
+SEGMENTS = ("ddp, in segments", "of RWKV")
+CASES = [*((kind, head) for kind in KINDS for head in HEADS), SEGMENTS]
 
 
 def model_of(head):
+    if head == "of RWKV":
+        return adapted(base=rwkv_models.model("x070", vocab_size=96).double(), target_modules=["key", "value"]).train()
     targets = ["q_proj", "down_proj", "lm_head"] if head == "adapted" else ["q_proj", "down_proj"]
     saved = ["lm_head"] if head == "trained whole" else None
     return adapted(base=llama(vocab_size=96).double(), target_modules=targets, modules_to_save=saved).train()
+
+
+def loss_of(kind, model, **inputs):
+    return segmented_loss(model, bptt_length=5, **inputs) if "segments" in kind else completion_loss(model, **inputs)
 
 
 def batch(kind):
@@ -73,11 +81,11 @@ def run(rank, folder):
             mine = {name: tensor[rank : rank + 1] for name, tensor in inputs.items()}
             for _ in range(2):  # what the first step leaves must not hinder the second
                 model.zero_grad()
-                loss = completion_loss(model, **mine, supervised=supervised)
+                loss = loss_of(kind, model, **mine, supervised=supervised)
                 loss.backward()
             result = {"gradients": gradients(model)}
             with torch.no_grad():
-                again = completion_loss(model, **mine, supervised=supervised)
+                again = loss_of(kind, model, **mine, supervised=supervised)
             torch.testing.assert_close(again, loss.detach())
             total = loss.detach().clone()
             dist.all_reduce(total)
@@ -115,7 +123,7 @@ def test_loss_and_gradients_are_those_of_one_process(results, case, monkeypatch)
     assert "error" not in results[case], results[case]["error"]
     kind, head = case
     model = model_of(head)
-    loss = completion_loss(model, **batch(kind))
+    loss = loss_of(kind, model, **batch(kind))
     loss.backward()
     torch.testing.assert_close(results[case]["loss"], loss.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(results[case]["gradients"], gradients(model), rtol=1e-6, atol=1e-9)
