@@ -6,9 +6,10 @@ import official_rwkv
 import pytest
 import rwkv_models
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from bonetune.errors import InputError
+from bonetune.models import compiled_layers
 from bonetune.rwkv import RwkvConfig, from_pth, save_pth
 from bonetune.rwkv import wkv as dispatch
 
@@ -230,3 +231,51 @@ def test_wrong_inputs_are_named():
         RwkvConfig(hidden_size=30, head_size=8)
     with pytest.raises(InputError, match="x080"):
         RwkvConfig(version="x080")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_trainer_trains_evaluates_and_predicts(tmp_path, version):
+    model = rwkv_models.model(version)
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8, 12).tolist()]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to="none", use_cpu=True, save_strategy="no"
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert trainer.predict(rows).predictions.shape == (8, 12, 97)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@torch.no_grad()
+def test_a_state_goes_along_with_several_continuations(version):
+    model = rwkv_models.model(version)
+    text = tokens(2, 20)
+    state = model(text[:, :12]).state
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "num_beams": 3, "num_return_sequences": 2}
+    whole = model.generate(text, **settings)
+    rest = model.generate(text[:, 12:], state=state, **settings)
+    assert whole[:, 20:].tolist() == rest[:, 8:].tolist()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@torch.no_grad()
+def test_a_batch_without_a_token_leaves_the_state(version):
+    model = rwkv_models.model(version)
+    state = model(tokens(2, 9)).state
+    nothing = model(tokens(2, 4), attention_mask=torch.zeros(2, 4, dtype=torch.int64), state=state)
+    assert not nothing.logits.isnan().any()
+    for before, after in zip(state, nothing.state, strict=True):
+        assert all(torch.equal(getattr(before, name), getattr(after, name)) for name in ("att", "wkv", "ffn"))
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same():
+    model = rwkv_models.model("x070").train()
+    losses = []
+    for enabled in (False, True):
+        with compiled_layers(model, enabled):
+            for number in (1, 2, 3):  # batches of other lengths
+                ids = tokens(1, 10 * number)
+                losses.append(model(ids, labels=ids).loss.item())
+    assert losses[3:] == pytest.approx(losses[:3], rel=1e-4)

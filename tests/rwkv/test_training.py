@@ -294,3 +294,44 @@ def test_an_adapter_of_another_model_is_named(job, tmp_path):
     (tmp_path / "base.pth").unlink()
     with pytest.raises(InputError, match="no base model"):
         bonetune.merge(str(tmp_path / "run"), str(tmp_path / "else.pth"))
+
+
+def test_a_tokenizer_of_another_model_is_named(job, tmp_path):
+    settings = job("x070")
+    (tmp_path / "alone").mkdir()
+    lonely = rwkv_models.file(tmp_path / "alone" / "model.pth", "x070", **SIZES)
+    for use in (
+        lambda: bonetune.evaluate(str(lonely), ["loss"], data=settings["eval_dataset_name"]),
+        lambda: bonetune.Chat(str(lonely)),
+        lambda: plan(settings | {"model_name_or_path": str(lonely)}),
+    ):
+        with pytest.raises(InputError, match=r"has 65530 tokens, and .* embeddings for 320"):
+            use()
+
+
+def test_a_merge_replaces_models_only(job, tmp_path):
+    bonetune.train(job("x070"))
+    run = tmp_path / "run"
+    before = (run / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "data.pth").write_text("mine")
+    for output, message in (
+        (run / "adapter_model.safetensors", "ends in .pth"),
+        (tmp_path / "merged", "ends in .pth"),
+        (tmp_path / "data.pth", "holds something else"),
+        (tmp_path / "base.pth", "is what is merged"),
+    ):
+        with pytest.raises(InputError, match=message):
+            bonetune.merge(str(run), str(output), overwrite=True)
+    assert (run / "adapter_model.safetensors").read_bytes() == before
+    assert (tmp_path / "data.pth").read_text() == "mine"
+    bonetune.merge(str(run), str(tmp_path / "merged.pth"))
+    assert bonetune.merge(str(run), str(tmp_path / "merged.pth"), overwrite=True).certificate.holds
+
+
+def test_what_is_missing_or_not_written_is_said(job, tmp_path):
+    bonetune.train(job("x070"))
+    bonetune.convert(str(tmp_path / "run"), str(tmp_path / "rwkv-0.pth"), to="rwkv-disha")
+    with pytest.raises(InputError, match="needs --base FILE"):
+        bonetune.merge(str(tmp_path / "rwkv-0.pth"), str(tmp_path / "merged.pth"))
+    with pytest.raises(InputError, match="GGUF is not written of those"):
+        bonetune.convert(str(tmp_path / "base.pth"), str(tmp_path / "model.gguf"), to="gguf")

@@ -152,6 +152,14 @@ def _too_many(content):
     content["blocks.0.att.w3"] = torch.zeros(3)
 
 
+def _a_block_far_away(content):
+    content["blocks.200000.att.key.weight"] = torch.zeros(32, 32)
+
+
+def _a_block_without_end(content):
+    content[f"blocks.{'9' * 5000}.att.key.weight"] = torch.zeros(32, 32)
+
+
 def _codes(content):
     content["blocks.0.att.key.weight"] = torch.zeros(32, 32, dtype=torch.uint8)
 
@@ -176,13 +184,15 @@ def _nothing_known(content):
         (_changed(_two_versions), "of x060 and of x070"),
         (_changed(_deep_embed), "RWKV-7a"),
         (_changed(_older), r"RWKV-4 \(x040\)"),
-        (_changed(_without_a_block), "blocks.1.ln1.weight is missing"),
+        (_changed(_without_a_block), "has blocks up to 2, and blocks.1 is missing"),
         (_changed(_another_head_size), "3 heads of 8 features, which do not make its 32"),
         (_changed(_another_head_size_later), r"blocks.1.att.r_k has shape \(2, 16\), not \(4, 8\)"),
         (_changed(_another_width), r"blocks.1.att.key.weight has shape \(32, 48\), not \(32, 32\)"),
         (_changed(_too_many), "blocks.0.att.w3 is not expected"),
         (_changed(_codes), "quantized files are not read"),
         (_changed(_no_matrix), "it should be a matrix"),
+        (_changed(_a_block_far_away), "has blocks up to 200000, and blocks.3 is missing"),
+        (_changed(_a_block_without_end), "not expected"),
         (_changed(_nothing_known), "no RWKV-6 or RWKV-7 model: its tensors are model.embed_tokens.weight"),
     ],
 )
@@ -245,3 +255,21 @@ def test_parts_divide_everything_but_the_projections(version):
     with pytest.raises(InputError, match="has no such parameters"):
         parameters_of(rwkv_models.model(version), ["state"])
     assert parameters_of(model, ["ln", "emb"]) == sorted(parts["ln"] + parts["emb"])
+
+
+def test_dtypes_may_be_named(tmp_path):
+    path = rwkv_models.file(tmp_path / "model.pth", "x070")
+    assert from_pth(path, dtype="bfloat16").dtype == torch.bfloat16
+    for wrong in ("nonsense", "int8", torch.int8):
+        with pytest.raises(InputError, match="Unknown dtype"):
+            from_pth(path, dtype=wrong)
+
+
+def test_only_a_plain_model_becomes_a_file(tmp_path):
+    model = rwkv_models.model("x070")
+    with pytest.raises(InputError, match="no RWKV model without adapters"):
+        save_pth(torch.nn.Linear(2, 2), tmp_path / "model.pth")
+    model.blocks[0].att.key.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(InputError, match="is quantized"):
+        save_pth(model, tmp_path / "model.pth")
+    assert not (tmp_path / "model.pth").exists()

@@ -15,6 +15,7 @@ from bonetune.formats.gguf_reading import read_weights
 from bonetune.formats.ollama import write_modelfile
 from bonetune.formats.tensors import ADAPTER_CONFIG
 from bonetune.models import skeleton
+from bonetune.rwkv.weights import is_pth
 
 # What a cast to these numbers gives is expected bit for bit; of q8_0, within this share of each tensor's size.
 _CASTS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -39,6 +40,8 @@ def convert_model(
     """
     if (Path(source) / ADAPTER_CONFIG).is_file():
         raise InputError(f"{source} is an adapter: merge it (bonetune merge), or convert it to gguf-lora.")
+    if is_pth(source):
+        raise InputError(f"{source} is an RWKV model, and GGUF is not written of those here.")
     folder = local_folder(source)
     with staged_for(target, overwrite=overwrite) as staged:
         written = write_gguf(str(folder), str(staged), dtype=dtype, pre_tokenizer=pre_tokenizer)

@@ -9,6 +9,7 @@ from bonetune.errors import InputError
 from bonetune.files import CERTIFICATE_FILE, CONVERSION_FILE, PROMPTS_FILE, RUN_FILE, SUMMARY_FILE, read_config
 from bonetune.formats.checkpoint import INDEX_FILE
 from bonetune.formats.tensors import ADAPTER_CONFIG, ADAPTER_FILES, sha256
+from bonetune.rwkv.tokenizer import VOCABULARY_FILE as WORLD_VOCABULARY
 
 MODEL_CONFIG, CARD_FILE = "config.json", "README.md"
 # What a run leaves behind besides its adapter: paths of this machine, texts of the training data.
@@ -21,7 +22,7 @@ _COMPANIONS = {
     *(ADAPTER_CONFIG, MODEL_CONFIG, CARD_FILE, CERTIFICATE_FILE, SUMMARY_FILE),
     *(CONVERSION_FILE, INDEX_FILE, "generation_config.json", "Modelfile"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "vocab.txt", "preprocessor_config.json", "processor_config.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", WORLD_VOCABULARY, "preprocessor_config.json", "processor_config.json"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
 }
 # What is written beside an artifact that is a single file, with its name before theirs.

@@ -13,6 +13,7 @@ from bonetune.errors import InputError, first_line
 from bonetune.files import CERTIFICATE_FILE, CONVERSION_FILE, SUMMARY_FILE, read_config, read_run
 from bonetune.formats.tensors import ADAPTER_CONFIG
 from bonetune.hub.contents import CARD_FILE, MODEL_CONFIG
+from bonetune.rwkv.weights import is_pth
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Those that tell the hashes of others.
@@ -38,9 +39,10 @@ def published_base(place: Path, kind: str, base_model_id: str | None) -> str | N
             raise InputError(f"base_model_id should be a model's name on the hub, such as owner/name, not {base_model_id!r}.")
         return base_model_id
     named = read_config(place / ADAPTER_CONFIG).get("base_model_name_or_path") if kind == "adapter" else None
-    if named and (not _HUB_ID.fullmatch(named) or Path(named).exists()):
+    if named and (not _HUB_ID.fullmatch(named) or Path(named).exists() or is_pth(named)):
+        kind = "file" if is_pth(named) else "folder"
         raise InputError(
-            f"The base model of {place} is the folder {named}, which nobody else has: pass --base-model-id with its name on "
+            f"The base model of {place} is the {kind} {named}, which nobody else has: pass --base-model-id with its name on "
             "the hub."
         )
     return named

@@ -13,6 +13,7 @@ from bonetune.formats.tensors import ADAPTER_CONFIG
 from bonetune.merging.plan import Plan
 from bonetune.merging.staging import JOURNAL
 from bonetune.models import load_tokenizer
+from bonetune.rwkv.tokenizer import VOCABULARY_FILE as WORLD_VOCABULARY
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe")
@@ -33,6 +34,7 @@ _TOKENIZER_FILES = (
         "chat_template.json",
     ),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    WORLD_VOCABULARY,
 )
 
 

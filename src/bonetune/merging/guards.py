@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bonetune.errors import InputError
+from bonetune.errors import AdapterFileError, InputError
 from bonetune.files import CERTIFICATE_FILE, SUMMARY_FILE, read_config, usable_folder
 from bonetune.formats.checkpoint import Checkpoint, local_folder
 from bonetune.formats.peft_folder import trained_on
@@ -16,6 +16,7 @@ from bonetune.merging.memory import read_base_name
 from bonetune.merging.staging import standing
 from bonetune.models import check_trust, parse_dtype, task_type_of
 from bonetune.rwkv.weights import is_pth
+from bonetune.torch_files import map_tensors
 
 
 class Options(NamedTuple):
@@ -58,7 +59,8 @@ def checked_options(
         raise InputError("There is no adapter to merge: name at least one.")
     for path in adapters:
         if not (base and is_pth(base)) and not (Path(path) / ADAPTER_CONFIG).is_file():
-            raise InputError(f"{path} is not an adapter folder: it has no {ADAPTER_CONFIG}.")
+            file = " A file of RWKV-PEFT's needs --base FILE, the model's .pth." if is_pth(path) else ""
+            raise InputError(f"{path} is not an adapter folder: it has no {ADAPTER_CONFIG}.{file}")
     if len({os.path.realpath(path) for path in adapters}) < len(adapters):
         raise InputError(f"An adapter is named twice: {', '.join(adapters)}. Use --scale to add it more than once.")
     scales = [float(scale)] * len(adapters) if isinstance(scale, int | float) else [float(one) for one in scale]
@@ -155,9 +157,19 @@ def hashes_of(adapter: Path) -> dict[str, str]:
 
 def pth_of(adapters: Sequence[str]) -> str | None:
     """The RWKV file that all of the adapters name as their base model, if it is one."""
-    names = {_base_name(path) if (Path(path) / ADAPTER_CONFIG).is_file() else None for path in adapters}
-    name = names.pop() if len(names) == 1 else None
-    return name if name is not None and is_pth(name) else None
+    named = [_base_name(path) if (Path(path) / ADAPTER_CONFIG).is_file() else None for path in adapters]
+    same = len({os.path.realpath(name) if name else None for name in named}) == 1
+    return named[0] if same and named[0] is not None and is_pth(named[0]) else None
+
+
+def check_replaced(output: Path) -> None:
+    """Raise `InputError` if what a merge is to replace is no model in an RWKV file."""
+    try:
+        names = map_tensors(output) if output.exists() else {"emb.weight": None}
+    except AdapterFileError:
+        names = {}
+    if "emb.weight" not in names:
+        raise InputError(f"Output {output} holds something else than an RWKV model: choose another.")
 
 
 def check_pth(adapters: Sequence[str], checkpoint: PthCheckpoint) -> None:

@@ -21,6 +21,7 @@ from bonetune.merging.guards import (
     check_base,
     check_output,
     check_pth,
+    check_replaced,
     checked_options,
     hashes_of,
     pth_of,
@@ -145,6 +146,8 @@ def _into_pth(options: Options, *, any_base: bool) -> MergeResult:
     base = Path(str(options.base))
     if not base.is_file():
         raise InputError(f"There is no base model {base}: pass --base FILE.")
+    if options.overwrite and options.output.suffix == ".pth":
+        check_replaced(options.output)
     checkpoint = PthCheckpoint(base)
     if not any_base:
         check_pth(options.adapters, checkpoint)

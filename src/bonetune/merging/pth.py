@@ -115,6 +115,8 @@ def _check_output(states: Sequence[AdapterState], base: Path, output: Path, over
         raise InputError(f"There is no base model {base}.")
     if output.is_dir():
         raise InputError(f"Output {output} is a folder: name a file.")
+    if output.suffix != ".pth":
+        raise InputError(f"Output {output} becomes a file of RWKV's: give it a name that ends in .pth.")
     for source in (base, *(Path(state.source.path) for state in states)):
         if output.exists() and source.exists() and os.path.samefile(source, output):
             raise InputError(f"Output {output} is what is merged: choose another.")

@@ -137,6 +137,11 @@ def load_base(
     if is_pth(name):
         options.pop("trust_remote_code")
         model: Any = from_pth(name, initial_state=initial_state, **options)
+        if len(tokenizer) > model.config.vocab_size:
+            raise InputError(
+                f"The tokenizer has {len(tokenizer)} tokens, and {name} has embeddings for {model.config.vocab_size}: it is of "
+                f"another model. Put the model's own, with its {_TOKENIZER_CONFIG}, into the folder of {Path(name).name}."
+            )
         let_train(model)
         return Loaded(model.eval(), tokenizer, name)
     if attn_implementation != "auto":

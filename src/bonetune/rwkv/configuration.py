@@ -35,7 +35,7 @@ class RwkvConfig(PreTrainedConfig):
     """
 
     model_type = "bonetune-rwkv"
-    keys_to_ignore_at_inference = ("state",)
+    keys_to_ignore_at_inference = ["state"]  # noqa: RUF012  (Trainer adds lists to it)
 
     def __init__(
         self,

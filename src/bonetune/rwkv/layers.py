@@ -77,6 +77,7 @@ class TimeMixing(nn.Module):
             return torch.zeros(len(sequences.lengths), self.heads, self.n, self.n, dtype=dtype, device=like.device)
         return self.time_state.to(dtype).mT.expand(len(sequences.lengths), -1, -1, -1)
 
+    @torch.compiler.disable()
     def attended(
         self, inputs: tuple[Tensor, ...], u: Tensor | None, state: Tensor | None, sequences: Sequences
     ) -> tuple[Tensor, Tensor]:

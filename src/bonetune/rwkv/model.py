@@ -215,6 +215,14 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
             inputs["state"] = state
         return inputs
 
+    def _expand_inputs_for_generation(self, expand_size: int = 1, state: RwkvState | None = None, **kwargs: Any) -> Any:
+        """Several continuations of each sequence, each with its state."""
+        transformers: Any = super()
+        ids, others = transformers._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        if state is not None:
+            others["state"] = state.of_sequences(torch.arange(len(state[0].att)).repeat_interleave(expand_size))
+        return ids, others
+
     def _reorder_cache(self, state: RwkvState, beam_idx: Tensor) -> RwkvState:
         return state.of_sequences(beam_idx)
 

@@ -1,7 +1,8 @@
 """Sequences of different lengths as one row of tokens, without padding: where each begins, and how it is cut into chunks.
 
 Everything in an RWKV model but the token shift and the WKV operator treats each token for itself. So a model runs on (tokens,
-features), and a batch that is padded, packed or neither differs in `Sequences` alone.
+features), and a batch that is padded, packed or neither differs in `Sequences` alone. What goes by the lengths, which each batch
+has others of, is not compiled.
 """
 
 from collections.abc import Sequence
@@ -77,7 +78,7 @@ class Sequences:
         some = [number for number, length in enumerate(self.lengths) if length]
         starts = self.starts
         rows = ([*some], [starts[number] for number in some], [starts[number + 1] - 1 for number in some])
-        numbers, first, last = (torch.tensor(row, device=self.device) for row in rows)
+        numbers, first, last = (torch.tensor(row, dtype=torch.int64, device=self.device) for row in rows)
         return numbers, first, last
 
     def flat(self, batch: Tensor) -> Tensor:
@@ -91,6 +92,7 @@ class Sequences:
             row = row.new_zeros(shape.numel(), *row.shape[1:]).index_copy(0, self.kept, row)
         return row.unflatten(0, shape)
 
+    @torch.compiler.disable()
     def shifted(self, x: Tensor, before: Tensor | None = None) -> Tensor:
         """What stands before each token, in its sequence.
 
@@ -106,6 +108,7 @@ class Sequences:
             return torch.cat([found, x[:-1]])
         return x.roll(1, 0).index_copy(0, first, found)
 
+    @torch.compiler.disable()
     def last(self, x: Tensor, before: Tensor | None = None) -> Tensor:
         """Each sequence's last token, or its row of `before` if it is empty: (tokens, features) to (sequences, features)."""
         numbers, _, last = self._first_and_last

@@ -20,7 +20,7 @@ _OTHERS = {
     ".att.time_mix_k": "RWKV-4 (x040)",
 }
 _PROOFS: dict[Version, str] = {"x060": ".att.time_maa_x", "x070": ".att.r_k"}
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK = re.compile(r"blocks\.([0-9]{1,6})\.")
 _MOST_NAMED = 8
 
 
@@ -47,7 +47,7 @@ def config_of(shapes: Mapping[str, Size], source: str, **settings: Any) -> RwkvC
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=inner,
-        num_hidden_layers=1 + max(int(found[1]) for name in shapes if (found := _BLOCK.match(name))),
+        num_hidden_layers=_number_of_blocks(shapes, source),
         head_size=n,
         ranks=_ranks(shapes, version, source),
         unused_in_first="blocks.0.att.v0" in shapes,
@@ -75,6 +75,14 @@ def _version(shapes: Mapping[str, Size], source: str) -> Version:
         names = ", ".join(sorted(shapes)[:3]) or "none at all"
         raise InputError(f"{source} is no RWKV-6 or RWKV-7 model: its tensors are {names}, ...")
     return found[0]
+
+
+def _number_of_blocks(shapes: Mapping[str, Size], source: str) -> int:
+    """Raises before anything is built of a number that only a forged file has."""
+    numbers = {int(found[1]) for name in shapes if (found := _BLOCK.match(name))}
+    if missing := sorted(set(range(len(numbers))) - numbers):
+        raise InputError(f"{source} has blocks up to {max(numbers)}, and blocks.{missing[0]} is missing: it is not whole.")
+    return len(numbers)
 
 
 def _sides(shapes: Mapping[str, Size], name: str, source: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from transformers import AddedToken, PreTrainedTokenizer
 from bonetune.errors import InputError
 
 END_OF_TEXT = "<|rwkv_tokenizer_end_of_text|>"
-_FILE = "rwkv_vocab_v20230424.txt"
+VOCABULARY_FILE = "rwkv_vocab_v20230424.txt"
 _LARGEST_ID = 65535  # the encoder has 16 bits for it
 # "User: ...\n\nAssistant:", after which the model writes " ...": tokens begin with their space.
 _CHAT_TEMPLATE = (
@@ -44,12 +44,12 @@ class WorldTokenizer(PreTrainedTokenizer):
         InputError: pyrwkv-tokenizer is not installed, or the file is no such vocabulary.
     """
 
-    vocab_files_names = {"vocab_file": _FILE}  # noqa: RUF012  (as transformers has it)
+    vocab_files_names = {"vocab_file": VOCABULARY_FILE}  # noqa: RUF012  (as transformers has it)
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     def __init__(self, vocab_file: str | None = None, **kwargs: Any) -> None:
         self._text = _own_vocabulary() if vocab_file is None else _read(Path(vocab_file))
-        self._bytes = _parsed(self._text, vocab_file or _FILE)
+        self._bytes = _parsed(self._text, vocab_file or VOCABULARY_FILE)
         self._ids = {content.decode("latin-1"): number for number, content in self._bytes.items()}
         self._encoder: Any = None
         self._added_tokens_decoder = {0: AddedToken(END_OF_TEXT, special=True, normalized=False)}
@@ -106,7 +106,7 @@ class WorldTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write the vocabulary's file to a folder."""
-        file = Path(save_directory) / (f"{filename_prefix}-{_FILE}" if filename_prefix else _FILE)
+        file = Path(save_directory) / (f"{filename_prefix}-{VOCABULARY_FILE}" if filename_prefix else VOCABULARY_FILE)
         file.write_bytes(self._text.encode())
         return (str(file),)
 
@@ -116,7 +116,7 @@ class WorldTokenizer(PreTrainedTokenizer):
 
 
 def _own_vocabulary() -> str:
-    return _read(Path(_package().__file__).parent / _FILE)
+    return _read(Path(_package().__file__).parent / VOCABULARY_FILE)
 
 
 def _package() -> Any:
@@ -172,13 +172,13 @@ def _parsed(text: str, source: str) -> dict[int, bytes]:
 def _encoder(text: str) -> Any:
     """The package's encoder, which reads a file, and knows one way of writing each token: as text if it is text."""
     lines = []
-    for number, content in _parsed(text, _FILE).items():
+    for number, content in _parsed(text, VOCABULARY_FILE).items():
         try:
             literal = repr(content.decode())
         except UnicodeDecodeError:
             literal = repr(content)
         lines.append(f"{number} {literal} {len(content)}\n")
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / _FILE
+        file = Path(folder) / VOCABULARY_FILE
         file.write_text("".join(lines), encoding="utf-8")
         return _package().RWKVTokenizer(vocab_filepath=str(file))

@@ -30,7 +30,7 @@ def from_pth(
 
     Args:
         path: the `.pth` (or `.safetensors`) file.
-        dtype: of the weights; `auto` keeps each tensor's.
+        dtype: of the weights, or its name; `auto` keeps each tensor's.
         initial_state: give each block a state to begin with (`att.time_state`, zeros) if the file has none.
         quantization_config: as transformers' `from_pretrained` takes it, for the projections.
 
@@ -44,6 +44,7 @@ def from_pth(
         >>> model = bonetune.rwkv.from_pth("RWKV-x070-World-0.1B.pth", dtype=torch.bfloat16)
         >>> model.generate(input_ids, max_new_tokens=20)
     """
+    dtype = _parsed(dtype)
     tensors = _tensors(Path(path))
     config = read_config_of(path, tensors)
     if initial_state and not config.initial_state:
@@ -80,8 +81,17 @@ def save_pth(model: nn.Module, path: str | Path) -> None:
     Args:
         model: an `RwkvForCausalLM`, without adapters.
         path: the file.
+
+    Raises:
+        InputError: another model, or quantized weights.
     """
+    if not isinstance(model, RwkvForCausalLM):
+        raise InputError(f"A {type(model).__name__} is no RWKV model without adapters: merge_and_unload gives one.")
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if codes := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise InputError(
+            f"{codes[0]} is quantized ({len(codes)} such), and RWKV's files hold plain weights: dequantize it first."
+        )
     with file_written_beside(Path(path)) as beside:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import save_file
@@ -90,6 +100,13 @@ def save_pth(model: nn.Module, path: str | Path) -> None:
         else:
             layouts = {name: Layout(tensor.shape, tensor.dtype) for name, tensor in state.items()}
             write_one_by_one(beside, layouts, lambda name: state[name].cpu())
+
+
+def _parsed(dtype: torch.dtype | str) -> torch.dtype | str:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise InputError(f"Unknown dtype {dtype!r}: choose auto, float32, bfloat16, float16 or float64.")
+    return found
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class _DecayedProducts(torch.autograd.Function):
         parts = [
             ((_exponentials(e_, g_) * k_.unsqueeze(1)) @ r_.unsqueeze(-1)).squeeze(-1) for r_, k_, e_, g_ in _groups(r, k, e, g)
         ]
-        return torch.cat(parts).tril(-1)
+        return torch.cat(parts).tril(-1) if parts else r.new_zeros(len(r), r.shape[1], r.shape[1])
 
     @staticmethod
     @once_differentiable

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bonetune.errors import InputError
 from bonetune.files import CERTIFICATE_FILE, PROMPTS_FILE, RUN_FILE, SUMMARY_FILE, usable_folder
+from bonetune.rwkv.tokenizer import VOCABULARY_FILE as WORLD_VOCABULARY
 from bonetune.training.checkpoints import checkpoints, last_good
 from bonetune.training.checkpoints import sweep as sweep_checkpoints
 from bonetune.training.config import RunConfig, load_config
@@ -18,6 +19,7 @@ CLOSING_FILES = (*ADAPTER_FILES, SUMMARY_FILE, PLOT_FILE, REPORT_FILE, CERTIFICA
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    WORLD_VOCABULARY,
 )
 # What may differ when a run goes on: how long it goes, what it reports and keeps, where it lies, how it computes the same.
 MAY_CHANGE_ON_RESUME = {

@@ -8,6 +8,7 @@ is about lr * sqrt(in * r): twice the shard size asks for 1/sqrt(2) of the rate.
 import math
 from typing import Any
 
+from bonetune.errors import InputError
 from bonetune.spec import ShardSpec
 
 # At r = 64, the best or near the best of the rates tried in short runs on SmolLM2-135M (docs/guide.md has the figures).
@@ -28,13 +29,27 @@ def lora_sized(rate: float, spec: ShardSpec) -> bool:
     return rate > _TOO_LARGE * default_learning_rate(spec)
 
 
-def schedule_settings(name: str, given: dict[str, Any], steps: int) -> dict[str, Any]:
+def schedule_settings(name: str, given: dict[str, Any], steps: int, warmup: float) -> dict[str, Any]:
     """What transformers' schedule takes besides, for a run of `steps`.
 
-    The decay of warmup_stable_decay, num_decay_steps, may be a share of the run, and is a tenth of it where nothing is said:
-    the rate rises in warmup_steps, stays, and falls then.
+    The decay of warmup_stable_decay, num_decay_steps, may be a share of the run, up to 1, and is a tenth of it where nothing is
+    said: the rate rises in warmup_steps, stays, and falls then.
+
+    Raises:
+        InputError: a decay that is no number above 0, or is longer than what the warm-up leaves.
     """
     if name != "warmup_stable_decay":
         return given
-    decay = given.get("num_decay_steps", 0.1)
-    return given | {"num_decay_steps": math.ceil(decay * steps) if decay < 1 else int(decay)}
+    decay: Any = given.get("num_decay_steps", 0.1)
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not decay > 0:
+        raise InputError(f"lr_scheduler_kwargs.num_decay_steps should be steps, or a share of all, above 0: got {decay!r}.")
+    if "num_stable_steps" in given:
+        raise InputError("lr_scheduler_kwargs.num_stable_steps is what warmup_steps and num_decay_steps leave: leave it out.")
+    whole = math.ceil(decay * steps) if isinstance(decay, float) and decay <= 1 else int(decay)
+    rising = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
+    if rising + whole > steps:
+        raise InputError(
+            f"A warm-up of {rising} steps and a decay of {whole} do not fit into {steps}: lower warmup_steps, or "
+            "lr_scheduler_kwargs.num_decay_steps."
+        )
+    return given | {"num_decay_steps": whole}

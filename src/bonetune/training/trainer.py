@@ -63,7 +63,10 @@ def training_arguments(planned: Plan) -> TrainingArguments:
         output_dir=config.output_dir,
         learning_rate=planned.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
-        lr_scheduler_kwargs=schedule_settings(config.lr_scheduler_type, config.lr_scheduler_kwargs, planned.steps) or None,
+        lr_scheduler_kwargs=schedule_settings(
+            config.lr_scheduler_type, config.lr_scheduler_kwargs, planned.steps, config.warmup_steps
+        )
+        or None,
         warmup_steps=config.warmup_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
