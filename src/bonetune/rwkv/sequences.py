@@ -1,8 +1,8 @@
 """Sequences of different lengths as one row of tokens, without padding: where each begins, and how it is cut into chunks.
 
 Everything in an RWKV model but the token shift and the WKV operator treats each token for itself. So a model runs on (tokens,
-features), and a batch that is padded, packed or neither differs in `Sequences` alone. What goes by the lengths, which each batch
-has others of, is not compiled.
+features), and a batch that is padded, packed or neither differs in `Sequences` alone. What goes by the lengths, which change
+from batch to batch, is not compiled.
 """
 
 from collections.abc import Sequence
