@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import official_rwkv
 import pytest
@@ -335,3 +336,18 @@ def test_what_is_missing_or_not_written_is_said(job, tmp_path):
         bonetune.merge(str(tmp_path / "rwkv-0.pth"), str(tmp_path / "merged.pth"))
     with pytest.raises(InputError, match="GGUF is not written of those"):
         bonetune.convert(str(tmp_path / "base.pth"), str(tmp_path / "model.gguf"), to="gguf")
+
+
+@pytest.mark.parametrize("parts", [["time"], ["state"]])
+def test_what_the_card_shows_runs(job, tmp_path, monkeypatch, parts):
+    bonetune.train(job("x060", train_parts=parts))
+    monkeypatch.chdir(tmp_path)
+    shown = re.findall(r"```python\n(.*?)```", (tmp_path / "run" / "README.md").read_text(), re.DOTALL)
+    assert len(shown) == 2
+    names = {}
+    for code in shown:
+        exec(code, names)
+    bonetune.merge("run", "certified.pth")
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(from_pth("merged.pth")(ids).logits, from_pth("certified.pth")(ids).logits)
+    assert "base_model:" not in (tmp_path / "run" / "README.md").read_text()

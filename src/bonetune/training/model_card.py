@@ -11,6 +11,7 @@ import yaml
 
 from bonetune.data.reading import SUFFIXES
 from bonetune.files import write_text
+from bonetune.rwkv.weights import is_pth
 from bonetune.training.facts import Fact, facts, loss_unit, results
 from bonetune.training.folder import CARD_FILE
 from bonetune.training.run_record import RunRecord, read_record
@@ -52,6 +53,8 @@ def write_card(folder: Path) -> Path:
         chosen=[(f"`{setting.name}`", setting.text) for setting in record.chosen() if setting.name != "output_dir"],
         prompt_template=_prompt_template(record.settings),
         loader=loader,
+        is_rwkv=is_pth(str(record.outline.get("base"))),
+        initial_state="state" in (record.settings.get("train_parts") or ()),
         mergeable=loader == "AutoPeftModelForCausalLM",
         versions=_versions(record.environment),
     )
@@ -88,7 +91,8 @@ def _front_matter(record: RunRecord) -> dict[str, Any]:
 def _on_the_hub(name: str) -> bool:
     """Whether a name can be an id on the hub, and is not that of something here."""
     an_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None
-    return an_id and not Path(name).exists() and Path(name).suffix not in SUFFIXES
+    is_here = Path(name).exists() or Path(f"{name}.idx").exists()
+    return an_id and not is_here and Path(name).suffix not in (*SUFFIXES, ".pth", ".bin", ".idx")
 
 
 def _prompt_template(settings: dict[str, Any]) -> str | None:
