@@ -58,6 +58,8 @@ def test_padding_and_packing_change_nothing(version):
     rows = [tokens(1, length, seed=length) for length in lengths]
     alone = [model(row).logits[0] for row in rows]
     packed = model(torch.cat(rows, 1), cu_seq_lens_q=torch.tensor([0, 20, 21, 54, 61])).logits[0]
+    places = torch.cat([torch.arange(length) for length in lengths])[None]
+    assert torch.equal(model(torch.cat(rows, 1), position_ids=places).logits[0], packed)  # as DataCollatorWithFlattening has it
     for side in ("left", "right"):
         ids, mask = torch.full((4, 33), 5), torch.zeros(4, 33, dtype=torch.int64)
         for row, (content, length) in enumerate(zip(rows, lengths, strict=True)):

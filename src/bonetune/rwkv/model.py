@@ -13,7 +13,7 @@ from bonetune.errors import InputError
 from bonetune.rwkv.configuration import RwkvConfig
 from bonetune.rwkv.initialization import initialize
 from bonetune.rwkv.layers import LayerNorm, LayerState
-from bonetune.rwkv.sequences import Sequences
+from bonetune.rwkv.sequences import Sequences, boundaries_of
 from bonetune.rwkv.x060 import ChannelMixing6, TimeMixing6
 from bonetune.rwkv.x070 import ChannelMixing7, TimeMixing7
 
@@ -178,7 +178,7 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: of how many of the last tokens, or of which columns, logits are wanted; 0: of all.
             output_hidden_states: whether to return what is between the blocks.
             cu_seq_lens_q: (sequences + 1,), of a packed row.
-            position_ids: not read: an RWKV model knows no positions.
+            position_ids: (1, length), of a packed row without cu_seq_lens_q: a sequence begins at each 0. Else not read.
             return_dict: false: a tuple of what there is.
             kwargs: what transformers hands on beside these.
 
@@ -186,6 +186,8 @@ class RwkvForCausalLM(PreTrainedModel, GenerationMixin):
             InputError: neither or both of input_ids and inputs_embeds, masks or states of another batch.
         """
         wanted = (not self.training) if use_cache is None else use_cache
+        if cu_seq_lens_q is None and attention_mask is None and position_ids is not None:
+            cu_seq_lens_q = boundaries_of(position_ids)
         hidden, after, between = self.trunk(
             input_ids,
             inputs_embeds,

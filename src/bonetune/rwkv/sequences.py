@@ -140,6 +140,20 @@ class Sequences:
         return tuple(-(-length // size) for length in self.lengths)
 
 
+def boundaries_of(positions: Tensor) -> Tensor | None:
+    """Where the sequences of a packed row begin, (sequences + 1,), if its positions say that there are several.
+
+    Args:
+        positions: (batch, length), int64; in a packed row they begin at 0 with each sequence.
+    """
+    if positions.shape[0] != 1:
+        return None
+    begins = (positions[0] == 0).nonzero().squeeze(-1)
+    if len(begins) < 2 or int(begins[0]):
+        return None
+    return torch.cat([begins, begins.new_tensor([positions.shape[1]])])
+
+
 def turns(counts: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The order in which chunks are gone through: turn by turn, the sequences that have one more, and which it is.
 
