@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
 from benchmarks.results import Result, markdown
 from benchmarks.saved import saved_mib
 from benchmarks.timing import interleaved, ratio
+from bonetune import BoneConfig
 from bonetune.losses import completion_loss
 from bonetune.rwkv import RwkvConfig, RwkvForCausalLM, layers, wkv6, wkv7
 from bonetune.rwkv.sequences import Sequences
@@ -23,21 +25,25 @@ def run(rounds: int, quick: bool) -> Result:
     tokens = 256 if quick else 1024
     rows: list[dict[str, Any]] = []
     for version in _OPERATORS:
-        for what, steps in (("operator", _operator_steps(version, tokens)), ("training step", _model_steps(version, tokens))):
+        for what, steps in (
+            ("operator", _operator_steps(version, tokens)),
+            ("step of bone, r = 64", _model_steps(version, tokens, adapted=True)),
+            ("step of all weights", _model_steps(version, tokens, adapted=False)),
+        ):
             seconds = interleaved(steps, rounds, shortest=0)
             over = ratio(seconds["by token"], seconds["by chunks"])
             rows.append({"version": version, "what": what, "tokens": tokens, **vars(over), "seconds": seconds})
     lines = [[row["version"], row["what"], f"{row['median']:.1f} [{row['lowest']:.1f}, {row['highest']:.1f}]"] for row in rows]
     caption = (
         f"RWKV, {tokens} tokens, float32, forward and backward: CPU time of the recurrence token by token over that by chunks; "
-        f"median [lowest, highest]. The operator has {_HEADS} heads of {_N}; the step is of six layers of width 512, where all "
-        "but the operator is the same."
+        f"median [lowest, highest]. The operator has {_HEADS} heads of {_N}; the steps are of six layers of width 512, where "
+        "all but the operator is the same."
     )
     kept = [_kept(version, length) for version in _OPERATORS for length in (tokens // 4, tokens // 2, tokens)]
     memory = [[row["version"], str(row["tokens"]), f"{row['saved_mib']:.0f}", f"{row['kib_a_token']:.0f}"] for row in kept]
     times = markdown(["version", "what", "recurrence over chunks"], lines)
     sizes = markdown(["version", "tokens", "MiB", "KiB a token"], memory)
-    return Result(rows + kept, f"{caption}\n\n{times}\n\nKept for backward by such a step.\n\n{sizes}")
+    return Result(rows + kept, f"{caption}\n\n{times}\n\nKept for backward by the step of bone.\n\n{sizes}")
 
 
 def _inputs(version: str, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -72,14 +78,15 @@ def _operator_steps(version: str, tokens: int) -> dict[str, Callable[[], None]]:
     return {name: lambda way=way: step(way) for name, way in ways.items()}
 
 
-def _model(version: str) -> RwkvForCausalLM:
+def _model(version: str, adapted: bool) -> Any:
     torch.manual_seed(0)
     sizes = {"vocab_size": 1024, "hidden_size": 512, "num_hidden_layers": 6, "head_size": _N}
-    return RwkvForCausalLM(RwkvConfig(version=version, **sizes)).train()  # pyright: ignore[reportArgumentType]  (one of the two)
+    model = RwkvForCausalLM(RwkvConfig(version=version, **sizes))  # pyright: ignore[reportArgumentType]  (one of the two)
+    return (get_peft_model(model, BoneConfig(r=64, target_modules="all-linear")) if adapted else model).train()
 
 
-def _model_steps(version: str, tokens: int) -> dict[str, Callable[[], None]]:
-    model, ids = _model(version), torch.randint(1024, (1, tokens))
+def _model_steps(version: str, tokens: int, adapted: bool) -> dict[str, Callable[[], None]]:
+    model, ids = _model(version, adapted), torch.randint(1024, (1, tokens))
 
     def step() -> None:
         model.zero_grad()
@@ -107,6 +114,6 @@ def _recurrences() -> Iterator[None]:
 
 
 def _kept(version: str, tokens: int) -> dict[str, Any]:
-    model, ids = _model(version), torch.randint(1024, (1, tokens))
+    model, ids = _model(version, adapted=True), torch.randint(1024, (1, tokens))
     mib = saved_mib(lambda: completion_loss(model, labels=ids, input_ids=ids), model.parameters())
     return {"version": version, "tokens": tokens, "saved_mib": mib, "kib_a_token": 1024 * mib / tokens}
