@@ -272,6 +272,7 @@ def test_a_batch_without_a_token_leaves_the_state(version):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_layers_compute_the_same():
     model = rwkv_models.model("x070").train()
     losses = []
