@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bonetune.errors import AdapterFileError, InputError
-from bonetune.formats.checkpoint import Checkpoint, local_folder, open_checkpoint
+from bonetune.formats.checkpoint import Checkpoint, open_checkpoint
 from bonetune.formats.pth_checkpoint import PthCheckpoint
 from bonetune.formats.state import AdapterState
 from bonetune.models import AUTO_CLASSES, skeleton
@@ -35,11 +35,6 @@ class Fitted:
     base: str
     model: Any
     layers: dict[str, BoneLayer]
-
-    @cached_property
-    def folder(self) -> Path:
-        """Where the base model's files are."""
-        return local_folder(self.base)
 
     @cached_property
     def checkpoint(self) -> Checkpoint | PthCheckpoint:
