@@ -33,7 +33,7 @@ from transformers.modeling_outputs import CausalLMOutput
 import bonetune.losses.chunks
 from bonetune.data.examples import IGNORED
 from bonetune.errors import InputError
-from bonetune.losses import check_loss, classification_loss, completion_loss, label_loss
+from bonetune.losses import check_loss, classification_loss, completion_loss, example_losses, label_loss
 
 VOCABULARY = 96
 SIZES = {
@@ -129,6 +129,21 @@ def test_logits_are_made_for_supervised_positions_only_and_few_at_a_time(archite
     completion_loss(model, **inputs)
     assert sum(seen) == (inputs["labels"][:, 1:] != IGNORED).sum()
     assert max(seen) == 4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_losses_of_the_examples_are_those_of_each_alone(architecture):
+    model, inputs = of(architecture), batch()
+    inputs["labels"][0] = IGNORED  # nothing to predict there
+    alone = [
+        completion_loss(model, **{name: t[i : i + 1] for name, t in inputs.items()}, supervised=1)
+        for i in range(len(inputs["labels"]))
+    ]
+    torch.testing.assert_close(
+        example_losses(model, **inputs).double(), torch.stack(alone).detach().double(), rtol=1e-5, atol=1e-6
+    )
+    inputs["labels"][:] = IGNORED
+    assert not example_losses(model, **inputs).any()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -311,6 +326,8 @@ def test_an_encoder_decoder_predicts_all_its_labels():
     torch.testing.assert_close(mine, expected)
     torch.testing.assert_close(gradients(model, mine), gradients(model, expected))
     assert not check_loss(model, VOCABULARY)
+    alone = [completion_loss(model, **{name: t[i : i + 1] for name, t in inputs.items()}, supervised=1) for i in range(3)]
+    torch.testing.assert_close(example_losses(model, **inputs), torch.stack(alone).detach())
 
 
 class Wrapper(nn.Module):

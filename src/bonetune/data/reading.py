@@ -1,4 +1,4 @@
-"""Rows from local files (jsonl, json, csv, parquet, bin with idx) or from a data set of the Hugging Face hub."""
+"""Rows from local files (jsonl, json, csv, parquet, bin with idx), from a data set of the hub, or generated."""
 
 import csv
 import gzip
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bonetune.data import binidx
+from bonetune.data.generated import generated_rows, is_generated
 from bonetune.data.slices import Slice
 from bonetune.errors import InputError
 
@@ -22,15 +23,19 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
 
     Args:
         source: a .jsonl, .jsonl.gz, .json (a list of objects, or JSON lines), .csv (with a line of names) or .parquet file,
-            one of a pair of token files (.bin, .idx) or the name without suffix that both have, or the id of a data set on
-            the hub.
+            one of a pair of token files (.bin, .idx) or the name without suffix that both have; the id of a data set on the
+            hub, with the name of its configuration behind a colon if it has several: openai/gsm8k:main; or generated problems,
+            reasoning-gym:TASK (`bonetune.data.generated`).
         split: "train", or a slice as the hub writes it: "train[:5000]", "train[10%:20%]", "test[-100:]". Of a file, only the
             slice counts.
 
     Raises:
         InputError: no such file or data set, an unreadable file (with the line), or no rows.
     """
-    rows = _sliced(list(_file_rows(Path(source))), split) if _is_file(source) else list(_hub_rows(source, split, False))
+    if is_generated(source):
+        rows: list[Row] = list(generated_rows(source, split))
+    else:
+        rows = _sliced(list(_file_rows(Path(source))), split) if _is_file(source) else list(_hub_rows(source, split, False))
     if not rows:
         raise _empty(source, split)
     return rows
@@ -42,6 +47,9 @@ def stream_rows(source: str, split: str = "train") -> Iterator[Row]:
     Ids of token files stay there until they are used. A .json file is read whole. Slices with %, or counted from the end, need
     all rows and are refused.
     """
+    if is_generated(source):
+        yield from generated_rows(source, split)
+        return
     part = Slice.parse(split)
     if part.needs_count:
         raise InputError(f"dataset_split {split!r} needs the number of rows, which a stream does not know: use train[100:200].")
@@ -182,8 +190,9 @@ def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    name, _, configuration = source.partition(":")
     try:
-        yield from load_dataset(source, split=split, streaming=streaming)  # pyright: ignore[reportArgumentType, reportReturnType]  (rows are dicts)
+        yield from load_dataset(name, configuration or None, split=split, streaming=streaming)  # pyright: ignore[reportArgumentType, reportReturnType]  (rows are dicts)
     except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

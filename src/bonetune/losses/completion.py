@@ -41,7 +41,7 @@ def completion_loss(
     language_model = unwrapped(model)
     encoder_decoder = language_model is not None and language_model.config.is_encoder_decoder
     if language_model is None or encoder_decoder or not scores_by_chunks(language_model):
-        total = _from_all_logits(model, language_model, labels, inputs, penalty)
+        total = _from_all_logits(model, language_model, labels, inputs, penalty).sum()
     else:
         scoring = Scoring(language_model, next_tokens(labels), penalty=penalty)
         with scoring.installed():
@@ -50,6 +50,27 @@ def completion_loss(
     if supervised is None:
         supervised = ((labels if encoder_decoder else labels[:, 1:]) != IGNORED).sum().clamp(min=1)
     return total / supervised
+
+
+@torch.no_grad()
+def example_losses(model: Any, *, labels: Tensor, **inputs: Any) -> Tensor:
+    """The loss of each sequence, summed over its supervised tokens: (batch,), float32 (float64 of a model in it).
+
+    Arguments and errors are those of `completion_loss`, for sequences that are padded, not packed.
+    """
+    language_model = unwrapped(model)
+    encoder_decoder = language_model is not None and language_model.config.is_encoder_decoder
+    if not ((labels if encoder_decoder else labels[:, 1:]) != IGNORED).any():
+        return torch.zeros(len(labels), device=labels.device)
+    if language_model is not None and not encoder_decoder and scores_by_chunks(language_model):
+        scoring = Scoring(language_model, next_tokens(labels))
+        with scoring.installed():
+            model(use_cache=False, **inputs)
+        if scoring.losses:
+            losses = torch.cat(scoring.losses)
+            rows = (scoring.positions // labels.shape[1]).to(losses.device)
+            return losses.new_zeros(len(labels)).index_add(0, rows, losses)
+    return _from_all_logits(model, language_model, labels, inputs, 0.0).sum(1)
 
 
 def scores_by_chunks(language_model: nn.Module) -> bool:
@@ -115,7 +136,7 @@ def unwrapped(model: Any) -> PreTrainedModel | None:
 
 
 def _from_all_logits(model: Any, language_model: Any, labels: Tensor, inputs: dict[str, Any], penalty: float) -> Tensor:
-    """Sum of the losses, from logits of all positions, or of the columns with a label if the model can be told."""
+    """(batch, columns), the losses of the targets, from logits of all positions, or of the columns with a label if possible."""
     if language_model is not None and language_model.config.is_encoder_decoder:
         decoder_input_ids = language_model.prepare_decoder_input_ids_from_labels(labels=labels)
         logits, targets = model(use_cache=False, decoder_input_ids=decoder_input_ids, **inputs).logits, labels
@@ -130,4 +151,4 @@ def _from_all_logits(model: Any, language_model: Any, labels: Tensor, inputs: di
             check_lengths(logits, labels.shape)
             logits = logits[:, columns]
     check_lengths(logits, targets.shape)
-    return negative_log_likelihood(logits.flatten(0, 1), targets.flatten(), penalty).sum()
+    return negative_log_likelihood(logits.flatten(0, 1), targets.flatten(), penalty).view(targets.shape)

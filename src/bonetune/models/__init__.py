@@ -1,7 +1,7 @@
 """From a name or path to a model with its tokenizer."""
 
 from bonetune.models.compilation import compiled_layers
-from bonetune.models.generation import generate, input_tokens
+from bonetune.models.generation import cut, generate, generate_batches, input_tokens
 from bonetune.models.greedy import decode, end_tokens, greedy
 from bonetune.models.packed_attention import packed_attention, packing_obstacle
 from bonetune.models.resolve import (
@@ -22,9 +22,11 @@ __all__ = [
     "Loaded",
     "check_trust",
     "compiled_layers",
+    "cut",
     "decode",
     "end_tokens",
     "generate",
+    "generate_batches",
     "greedy",
     "input_tokens",
     "load_base",

@@ -1,15 +1,18 @@
 """Batched greedy generation."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from bonetune.data import prompt_tokens
+from bonetune.errors import InputError
 from bonetune.models.greedy import greedy
 
 
-@torch.inference_mode()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -18,6 +21,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     opened: bool = False,
+    stop: Sequence[str] = (),
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
     """The model's greedy continuation of each prompt, or answer to it, without special tokens, in the order of the prompts.
@@ -26,36 +30,102 @@ def generate(
         model: a causal language model or an encoder-decoder; it is put into evaluation mode and back.
         tokenizer: its tokenizer.
         prompts: texts.
-        max_new_tokens: where a continuation ends at the latest.
+        max_new_tokens: where a continuation ends at the latest; earlier if the model takes no more tokens.
         opened: whether the prompts are a chat template's, which opens a text itself.
+        stop: texts at the first of which a continuation ends; it is left out.
         batch_size: prompts at a time; prompts of like length go together.
         on_batch: called with the number of prompts done since the last call.
 
     Raises:
-        InputError: an empty prompt, with a tokenizer that opens texts with nothing.
+        InputError: an empty prompt, with a tokenizer that opens texts with nothing, or one longer than the model takes.
+    """
+    answers = [""] * len(prompts)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "opened": opened, "stop": stop}
+    for batch in generate_batches(model, tokenizer, prompts, **settings):
+        for number, answer in batch.items():
+            answers[number] = answer
+        if on_batch is not None:
+            on_batch(len(batch))
+    return answers
+
+
+@torch.inference_mode()
+def generate_batches(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    opened: bool = False,
+    stop: Sequence[str] = (),
+    cut_left: bool = False,
+    done: Collection[int] = (),
+) -> Iterator[dict[int, str]]:
+    """The answers of `generate` batch by batch, each under the number of its prompt.
+
+    Which prompts go together depends on all of them, and `done` only leaves out the batches that are in it: an answer is the
+    same, to the last digit, whether one goes on from what is done or begins anew.
+
+    With `cut_left`, a prompt that is too long loses its beginning, so that `max_new_tokens` may follow it.
     """
     ids = [input_tokens(model, tokenizer, prompt, opened=opened) for prompt in prompts]
-    encoder_decoder = model.config.is_encoder_decoder
+    room = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if cut_left and room > max_new_tokens:
+        ids = [tokens[-int(min(len(tokens), room - max_new_tokens)) :] for tokens in ids]
+    if too_long := [number for number, tokens in enumerate(ids) if len(tokens) >= room]:
+        number = too_long[0]
+        raise InputError(
+            f"Prompt {number + 1} has {len(ids[number])} tokens, and the model takes {room} with its answer ({len(too_long)} "
+            f"of {len(ids)} prompts are too long): leave such prompts out, or shorten them."
+        )
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    answers = [""] * len(ids)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     was_training = model.training
     model.eval()
     try:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            longest = max(len(ids[i]) for i in batch)
-            side = "right" if encoder_decoder else "left"
-            rows = torch.tensor([_filled(ids[i], pad, longest, side) for i in batch], device=model.device)
-            mask = torch.tensor([_filled([1] * len(ids[i]), 0, longest, side) for i in batch], device=model.device)
-            out = greedy(model, tokenizer, rows, mask, max_new_tokens)
-            for i, row in zip(batch, out, strict=True):
-                answers[i] = tokenizer.decode(row if encoder_decoder else row[longest:], skip_special_tokens=True)
-            if on_batch is not None:
-                on_batch(len(batch))
+            if not all(number in done for number in batch):
+                most = int(min(max_new_tokens, room - max(len(ids[i]) for i in batch)))
+                texts = _answers(model, tokenizer, [ids[i] for i in batch], most, stop)
+                yield dict(zip(batch, texts, strict=True))
     finally:
         model.train(was_training)
-    return answers
+
+
+def _answers(model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+    """What one batch of prompts is answered with."""
+    encoder_decoder = model.config.is_encoder_decoder
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    longest = max(map(len, ids))
+    side = "right" if encoder_decoder else "left"
+    rows = torch.tensor([_filled(tokens, pad, longest, side) for tokens in ids], device=model.device)
+    mask = torch.tensor([_filled([1] * len(tokens), 0, longest, side) for tokens in ids], device=model.device)
+    begin = 0 if encoder_decoder else longest
+    watching = {"stopping_criteria": StoppingCriteriaList([_Stop(tokenizer, stop, begin)])} if stop else {}
+    out = greedy(model, tokenizer, rows, mask, max_new_tokens, **watching)
+    return [cut(tokenizer.decode(row[begin:], skip_special_tokens=True), stop) for row in out]
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of the `stop` texts in it."""
+    ends = [place for place in (text.find(end) for end in stop) if place >= 0]
+    return text[: min(ends)] if ends else text
+
+
+class _Stop(StoppingCriteria):
+    """Ends a row once one of the texts `stop` stands in what was generated for it, from token `begin` on."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], begin: int) -> None:
+        self.tokenizer, self.stop, self.begin = tokenizer, stop, begin
+        # in bytes, for a token may be a part of a character; the last one is the newest
+        self.tail = max(len(end.encode()) for end in stop) + 1
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        tails = input_ids[:, max(self.begin, input_ids.shape[1] - self.tail) :].tolist()
+        texts = [self.tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
+        found = [any(end in text for end in self.stop) for text in texts]
+        return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
 
 
 def input_tokens(model: Any, tokenizer: Any, text: str, *, opened: bool = False) -> list[int]:

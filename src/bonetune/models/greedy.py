@@ -16,9 +16,11 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({token for token in (tokenizer.eos_token_id, *own) if token is not None})
 
 
-def greedy(model: Any, tokenizer: Any, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> Tensor:
+def greedy(
+    model: Any, tokenizer: Any, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **watching: Any
+) -> Tensor:
     """The most probable continuation, token by token: (batch, length) to (batch, length + new), padded after its end."""
-    return decode(model, tokenizer, input_ids, attention_mask, max_new_tokens)
+    return decode(model, tokenizer, input_ids, attention_mask, max_new_tokens, **watching)
 
 
 @torch.inference_mode()
