@@ -27,6 +27,7 @@ SECTIONS: tuple[type[BaseModel], ...] = (
     settings.ModelSettings,
     settings.DataSettings,
     settings.AdapterSettings,
+    settings.BaselineSettings,
     settings.RWKVSettings,
     settings.OptimizationSettings,
     settings.OutputSettings,

@@ -29,6 +29,10 @@ class RunError(BonetuneError):
     """A run or a merge that went wrong although its input was in order. The command line exits with 1."""
 
 
+class DivergedError(RunError):
+    """A run whose loss, gradient or weights are no longer finite numbers."""
+
+
 class Terminated(RunError):  # noqa: N818  (it is no error that a run ends when it is asked to)
     """A run that was asked to end by SIGTERM, and left a checkpoint. The command line exits with 143."""
 

@@ -55,6 +55,8 @@ OTHERWISE = {
     "trainable_parameters": ["norm.weight"],
     "trainable_token_indices": [1, 2],
     "ensure_weight_tying": True,
+    "baseline": "dora",
+    "baseline_kwargs": ({"lora_alpha": 8}, {"baseline": "lora"}),
     "train_parts": ["ln"],
     "bptt_length": 7,
     "l2_wrap": 0.1,

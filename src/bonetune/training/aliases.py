@@ -5,10 +5,11 @@ with a notice; or nothing here does what it asks for, and the error says why. do
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from bonetune.errors import InputError
 from bonetune.spec import VARIANTS
+from bonetune.training.settings import Baseline
 from bonetune.training.words import FALSE_ASKS_NOTHING, IGNORED, REFUSED, RENAMED, THE_CASE_ANYWAY
 
 Settings = dict[str, Any]
@@ -152,7 +153,8 @@ def _variant(value: Any) -> Settings:
         return {"variant": name}
     if name in ("miss", "disha"):  # the families' names: any variant
         return {}
-    raise ValueError(f"{value!r} is not of the Bone family: bonetune's variant is {', '.join(VARIANTS)}")
+    others = "; for a comparison, say baseline" if name in get_args(Baseline) else ""
+    raise ValueError(f"{value!r} is not of the Bone family: bonetune's variant is {', '.join(VARIANTS)}{others}")
 
 
 def _initial(value: Any) -> Settings:
@@ -224,7 +226,9 @@ def _rwkv_training(word: str, value: Any, words: Settings, all_words: Mapping[st
     if word == "train_type" and value not in ("none", "finetune", "state", "infctx"):
         raise ValueError(f"{value!r} is not known: it is none, state or infctx")
     if word == "train_type" and value == "finetune":
-        raise ValueError("bonetune trains adapters, and what train_parts names, not all weights")
+        raise ValueError(
+            "bonetune trains adapters, and what train_parts names; all weights for comparisons only (baseline: full)"
+        )
     if (word, value) == ("train_type", "state") or (word == "state_tune" and value):
         return {"train_parts": ["state"], "target_modules": []}
     if words.get("train_type") == "infctx" and word in ("train_type", "chunk_ctx"):

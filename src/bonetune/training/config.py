@@ -17,10 +17,12 @@ from transformers.training_args import OptimizerNames
 
 from bonetune.errors import InputError
 from bonetune.spec import ShardSpec
+from bonetune.training import baselines
 from bonetune.training.aliases import WORDS, ConfigNotice, translate
 from bonetune.training.presets import preset
 from bonetune.training.settings import (
     AdapterSettings,
+    BaselineSettings,
     DataSettings,
     DistributedSettings,
     ModelSettings,
@@ -39,6 +41,7 @@ class RunConfig(
     OutputSettings,
     OptimizationSettings,
     RWKVSettings,
+    BaselineSettings,
     AdapterSettings,
     DataSettings,
     ModelSettings,
@@ -68,6 +71,18 @@ class RunConfig(
         """Variant and sizes of the adapter (before `rank_pattern`)."""
         return ShardSpec(self.variant, self.r, self.mini_r)
 
+    @property
+    def method(self) -> str:
+        """What is trained by: a variant of the family, or a baseline."""
+        return self.baseline or self.variant
+
+    @property
+    def method_in_words(self) -> str:
+        """The method with its sizes: "bone, r=64", "lora, r=8, lora_alpha=16"."""
+        if self.baseline is None:
+            return f"{self.variant}, r={self.r}"
+        return baselines.method_in_words(self.baseline, self.r, self.baseline_kwargs)
+
     def to_yaml(self) -> str:
         """The settings as a file that `load_config` reads."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
@@ -83,7 +98,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | list[str] | None =
     Raises:
         InputError: no such file, neither YAML nor TOML, and what `make_config` refuses.
     """
-    return make_config(_read(Path(path)), overrides)
+    return make_config(read_settings(Path(path)), overrides)
 
 
 def make_config(settings: dict[str, Any], overrides: dict[str, Any] | list[str] | None = None) -> RunConfig:
@@ -160,7 +175,7 @@ for _yaml_class in (_Loader, _Dumper):
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     kind = "TOML" if path.suffix == ".toml" else "YAML"
     try:
         text = path.read_text(encoding="utf-8")
@@ -292,6 +307,7 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     ):
         if is_wrong:
             yield what
+    yield from baselines.contradictions(c)
     yield from _unknown("optim", c.optim, OptimizerNames)
     yield from _unknown("lr_scheduler_type", c.lr_scheduler_type, SchedulerType)
 

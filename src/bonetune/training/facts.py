@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from bonetune.training.baselines import method_in_words
 from bonetune.training.plots import Points, mean_window, points, running_mean
 from bonetune.training.run_record import RunRecord
 
@@ -44,7 +45,10 @@ def _trained(record: RunRecord) -> list[Fact]:
     summary, found = record.outline, []
     if "base" in summary:
         found.append(("Base model", str(summary["base"])))
-    if "variant" in summary:
+    if record.baseline:
+        kwargs = record.settings.get("baseline_kwargs") or {}
+        found.append(("Method", method_in_words(record.baseline, summary.get("r"), kwargs).replace("=", " = ")))
+    elif "variant" in summary:
         found.append(("Adapter", f"{summary['variant']}, r = {summary['r']}" if "r" in summary else str(summary["variant"])))
     if "trainable_parameters" in summary:
         trainable, total = summary["trainable_parameters"], summary.get("total_parameters")
@@ -69,6 +73,8 @@ def _spent(record: RunRecord) -> list[Fact]:
         found.append(("Optimizer steps", f"{summary['steps']:,}{epochs}"))
     if "seconds" in summary:
         found.append(("Time", _duration(summary["seconds"])))
+    if record.baseline and "init_seconds" in summary:
+        found.append(("Time of the initialization", _duration(summary["init_seconds"])))
     tokens, padded = record.latest("tokens"), record.latest("padded_tokens")
     if tokens:
         padding = f", and {100 * (1 - tokens / padded):.1f}% padding" if padded else ""

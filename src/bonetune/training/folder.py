@@ -4,9 +4,12 @@ import shutil
 import warnings
 from pathlib import Path
 
+import yaml
+
 from bonetune.errors import InputError
 from bonetune.files import CERTIFICATE_FILE, PROMPTS_FILE, RUN_FILE, SUMMARY_FILE, usable_folder
 from bonetune.rwkv.tokenizer import VOCABULARY_FILE as WORLD_VOCABULARY
+from bonetune.training.baselines import INITIAL_FOLDER
 from bonetune.training.checkpoints import checkpoints, last_good
 from bonetune.training.checkpoints import sweep as sweep_checkpoints
 from bonetune.training.config import RunConfig, load_config
@@ -16,6 +19,9 @@ SAMPLES_FILE, ENVIRONMENT_FILE, BAD_BATCH_FILE = "samples.jsonl", "environment.j
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What is written after the last step, the card last of all.
 CLOSING_FILES = (*ADAPTER_FILES, SUMMARY_FILE, PLOT_FILE, REPORT_FILE, CERTIFICATE_FILE, CARD_FILE)
+# Of the baseline `full`, in the adapter's place; and more if the weights are in several files.
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
+_WEIGHTS = "model*.safetensors"
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -47,19 +53,30 @@ def claim(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
         return checkpoint
     if _left_by_a_run(folder) and not overwrite:
         raise InputError(f"output_dir {folder} already holds a run: pass --overwrite or --resume, or choose another.")
+    if config.baseline == "full" and not _trained_whole(folder) and any((folder / name).exists() for name in MODEL_FILES):
+        raise InputError(f"output_dir {folder} holds a model, which baseline full would write over: choose another.")
     return None
+
+
+def trained_files(folder: Path) -> list[Path]:
+    """The files in which the weights lie that a run has trained."""
+    return sorted(folder.glob(_WEIGHTS)) if _trained_whole(folder) else [folder / ADAPTER_FILES[1]]
 
 
 def finished(folder: Path) -> bool:
     """Whether the run in `folder` has written all that it writes after its last step."""
-    return all((folder / name).exists() for name in (*ADAPTER_FILES, SUMMARY_FILE, CARD_FILE))
+    if _trained_whole(folder):
+        trained = (folder / "config.json").exists() and any(folder.glob(_WEIGHTS))
+    else:
+        trained = all((folder / name).exists() for name in ADAPTER_FILES)
+    return trained and all((folder / name).exists() for name in (SUMMARY_FILE, CARD_FILE))
 
 
 def reopen(folder: Path) -> None:
     """Take away what tells of an end that the run, going on, no longer has; it comes again with the new one."""
     sweep(folder)
-    for name in CLOSING_FILES:
-        (folder / name).unlink(missing_ok=True)
+    for path in (*(folder / name for name in CLOSING_FILES), *_whole_model(folder)):
+        path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
@@ -80,10 +97,27 @@ def clear(folder: Path) -> None:
 
 def _left_by_a_run(folder: Path) -> list[Path]:
     names = {RUN_FILE, METRICS_FILE, PROMPTS_FILE, SAMPLES_FILE, ENVIRONMENT_FILE, BAD_BATCH_FILE, *CLOSING_FILES} - {CARD_FILE}
-    found = [folder / name for name in sorted(names) if (folder / name).exists()] + checkpoints(folder)
+    names |= {INITIAL_FOLDER}
+    found = [folder / name for name in sorted(names) if (folder / name).exists()] + checkpoints(folder) + _whole_model(folder)
     if found:  # alone, a README or a tokenizer is somebody else's
         found += [folder / name for name in (CARD_FILE, *_TOKENIZER_FILES) if (folder / name).exists()]
     return found
+
+
+def _trained_whole(folder: Path) -> bool:
+    """Whether the run in `folder` trains all parameters: elsewhere, a model's files are somebody else's."""
+    try:
+        settings = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and settings.get("baseline") == "full"
+
+
+def _whole_model(folder: Path) -> list[Path]:
+    """The files of the model that a run of `full` has written."""
+    if not _trained_whole(folder):
+        return []
+    return sorted({path for name in (*MODEL_FILES, _WEIGHTS) for path in folder.glob(name)})
 
 
 def _check_same_run(file: Path, config: RunConfig) -> None:

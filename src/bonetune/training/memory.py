@@ -23,6 +23,7 @@ from bonetune.data.examples import Encoded
 from bonetune.errors import InputError
 from bonetune.models import load_base, packed_attention
 from bonetune.models.skeleton import skeleton
+from bonetune.training import baselines
 from bonetune.training.config import RunConfig
 from bonetune.training.live_storages import LiveStorages, WithoutValues
 from bonetune.training.plan import adapter_config, model_options, task_of, tokenizer_of
@@ -121,7 +122,7 @@ def predict(config: RunConfig, batch: WorstBatch | None = None, *, device: str |
     device, batch = device or _device(), batch or worst_batch(config)
     process = _resident_when_warm() if device == "cpu" else 0
     base = skeleton(config.model_name_or_path, config.dtype, **model_options(config), num_labels=config.num_labels)
-    model: Any = get_peft_model(base, adapter_config(config, base), low_cpu_mem_usage=True)
+    model = _adapted(config, base, without_values=True)
     storages = LiveStorages()
     try:
         with WithoutValues(), storages:
@@ -156,10 +157,16 @@ def measure(config: RunConfig, batch: WorstBatch | None = None) -> Measurement:
     device, batch = _device(), batch or worst_batch(config)
     process = _resident_when_warm() if device == "cpu" else 0
     loaded = load_base(config.model_name_or_path, config.dtype, **model_options(config), tokenizer=tokenizer_of(config))
-    model: Any = get_peft_model(loaded.model, adapter_config(config, loaded.model)).to(device)
+    model = _adapted(config, loaded.model).to(device)
     _set_back_peak(device)
     _train_for_two_steps(model, config, batch, device)
     return Measurement(_peak(device) - process, process, device)
+
+
+def _adapted(config: RunConfig, model: Any, *, without_values: bool = False) -> Any:
+    if config.baseline is None:
+        return get_peft_model(model, adapter_config(config, model), low_cpu_mem_usage=without_values)
+    return baselines.as_in_training(config, model, without_values=without_values)
 
 
 def _train_for_two_steps(

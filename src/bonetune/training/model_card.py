@@ -1,4 +1,4 @@
-"""README.md of an adapter: the model card that hubs and people read."""
+"""README.md of an adapter, or of a model that was trained whole: the model card that hubs and people read."""
 
 import json
 import re
@@ -12,6 +12,7 @@ import yaml
 from bonetune.data.reading import SUFFIXES
 from bonetune.files import write_text
 from bonetune.rwkv.weights import is_pth
+from bonetune.training.baselines import CHANGING_THE_BASE
 from bonetune.training.facts import Fact, facts, loss_unit, results
 from bonetune.training.folder import CARD_FILE
 from bonetune.training.run_record import RunRecord, read_record
@@ -22,12 +23,25 @@ _TASKS = {
     "SEQ_CLS": ("AutoPeftModelForSequenceClassification", "text-classification"),
     "SEQ_2_SEQ_LM": ("AutoPeftModelForSeq2SeqLM", None),
 }
+# What a baseline trains by, beside `full`.
+_METHODS = {
+    "lora": "PEFT's LoRA",
+    "rslora": "PEFT's rank-stabilized LoRA",
+    "lora+": "PEFT's LoRA with LoRA+'s optimizer",
+    "dora": "PEFT's DoRA",
+    "pissa": "PEFT's PiSSA",
+    "olora": "PEFT's OLoRA",
+    "lora-ga": "PEFT's LoRA-GA",
+    "milora": "PEFT's LoRA, from MiLoRA's beginning",
+    "miss": "PEFT's MiSS",
+    "miss-bat": "PEFT's MiSS (bat)",
+}
 # Where a run's own prompt is put around what the model is asked.
 _INSTRUCTIONS = ("instruction", "alpaca")
 
 
 def write_card(folder: Path) -> Path:
-    """Write README.md beside an adapter, and return its path; what PEFT wrote there is replaced.
+    """Write README.md beside what was trained, and return its path; what PEFT wrote there is replaced.
 
     The front matter names the base model and the data where they are ids on the hub, not where they are local files: the hub
     refuses a card that names a base model it does not have. The license is left to whoever publishes.
@@ -40,19 +54,23 @@ def write_card(folder: Path) -> Path:
     """
     record = read_record(folder)
     loader, _ = _TASKS.get(record.settings.get("task_type", "CAUSAL_LM"), _TASKS["CAUSAL_LM"])
+    is_model = record.baseline == "full"
     outcome = results(record)
     text = _template().render(
         front_matter=yaml.safe_dump(_front_matter(record), sort_keys=False, allow_unicode=True),
         name=folder.resolve().name,
         base=record.outline.get("base"),
         variant=record.outline.get("variant", "bone"),
+        baseline=record.baseline and _METHODS.get(record.baseline, record.baseline),
+        is_model=is_model,
+        is_converted=record.baseline in CHANGING_THE_BASE,
         training=[fact for fact in facts(record) if fact not in outcome],
         results=outcome,
         loss_unit=loss_unit(record),
         certificate=_certificate(record.certificate),
         chosen=[(f"`{setting.name}`", setting.text) for setting in record.chosen() if setting.name != "output_dir"],
         prompt_template=_prompt_template(record.settings),
-        loader=loader,
+        loader=loader.replace("Peft", "") if is_model else loader,
         is_rwkv=is_pth(str(record.outline.get("base"))),
         initial_state="state" in (record.settings.get("train_parts") or ()),
         mergeable=loader == "AutoPeftModelForCausalLM",
@@ -78,11 +96,14 @@ def _template() -> jinja2.Template:
 def _front_matter(record: RunRecord) -> dict[str, Any]:
     base, datasets = record.outline.get("base"), [name for name in record.datasets if _on_the_hub(name)]
     _, pipeline = _TASKS.get(record.settings.get("task_type", "CAUSAL_LM"), (None, None))
+    tags = (
+        ["bonetune", record.baseline] if record.baseline else ["bone", "bonetune", str(record.outline.get("variant", "bone"))]
+    )
     known = {
         "base_model": base if isinstance(base, str) and _on_the_hub(base) else None,
-        "library_name": "peft",
+        "library_name": "transformers" if record.baseline == "full" else "peft",
         "pipeline_tag": pipeline,
-        "tags": list(dict.fromkeys(["bone", "bonetune", str(record.outline.get("variant", "bone"))])),
+        "tags": list(dict.fromkeys(tags)),
         "datasets": datasets or None,
     }
     return {name: value for name, value in known.items() if value is not None}

@@ -4,10 +4,11 @@ import importlib.util
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,17 @@ from bonetune.errors import InputError
 from bonetune.losses import check_loss
 from bonetune.models import Loaded, load_base, load_tokenizer, packed_attention, packing_obstacle
 from bonetune.rwkv import parameters_of
+from bonetune.training import baselines
+from bonetune.training.baselines import Adapted
 from bonetune.training.checkpoints import step_of
 from bonetune.training.config import RunConfig, load_config, make_config
 from bonetune.training.folder import claim, finished
 from bonetune.training.learning_rate import default_learning_rate, lora_sized
 from bonetune.training.loader import muted
 from bonetune.training.settings import AdapterSettings
-from bonetune.training.tasks import Task, task_named
+from bonetune.training.tasks import ABOUT, Task, task_named
 from bonetune.tuner import BoneConfig, train_whole_modules_in_float32
+from bonetune.tuner.dequantize import keep_readable
 
 # How many training prompts a run keeps beside its adapter, for the certificate of a merge.
 KEPT_PROMPTS = 16
@@ -46,7 +50,7 @@ class Plan:
         config: the settings.
         task: what the model is trained for.
         loaded: base model and tokenizer.
-        model: the base model with its adapter.
+        model: the model to train: the base with its adapter, or, for the baseline `full`, the base itself.
         train: the training examples; of a stream, its first ones.
         stream: where they come from if they are read as they are needed.
         evaluation: held-out examples.
@@ -63,6 +67,8 @@ class Plan:
         checkpoint: where the run goes on from.
         classes: a classifier's; none for regression; None for other tasks.
         supervised: (examples,), what each training example adds to the number that a step's loss is divided by.
+        init_seconds: that putting the adapter in took, with all that it begins with computed; of a run that goes on, what it
+            took when it was started.
     """
 
     config: RunConfig
@@ -85,6 +91,7 @@ class Plan:
     checkpoint: Path | None = None
     classes: tuple[str, ...] | None = None
     supervised: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    init_seconds: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -147,8 +154,9 @@ class Plan:
         config, lengths = self.config, self.lengths
         return {
             "base": self.loaded.base,
-            "variant": config.variant,
-            "r": config.r,
+            "method": config.method,
+            **_sizes(config),
+            "init_seconds": self.init_seconds,
             "trainable_parameters": self.trainable_parameters,
             "total_parameters": sum(p.numel() for p in self.model.parameters()),
             "row_format": {
@@ -178,7 +186,7 @@ class Plan:
         devices = f" on {self.world} devices" if self.world > 1 else ""
         first = "The first " if self.stream else ""
         return (
-            f"{config.variant}, r={config.r}: {self.trainable_parameters:,} trainable parameters "
+            f"{config.method_in_words}: {self.trainable_parameters:,} trainable parameters "
             f"({100 * self.trainable_parameters / total:.2f}% of {total:,}) on {self.loaded.base}. "
             f"{first}{lengths.examples:,} examples{dropped}, {lengths.tokens:,} tokens of which {lengths.supervised:,} are "
             f"supervised, the longest {lengths.longest}; {self.steps:,} steps of {self.batches.batch_size} examples{devices}, "
@@ -210,16 +218,8 @@ def plan(
     rate, notes = _learning_rate(config)
     vocabulary = getattr(loaded.model.get_input_embeddings(), "num_embeddings", 0)
     _check_tokenizer(config, tokenizer, vocabulary)
-    model = get_peft_model(loaded.model, adapter_config(config, loaded.model))
-    train_whole_modules_in_float32(model)
-    _check_saved_modules(config, model)
+    keep_readable(loaded.model)  # before it answers for the first time
     packing, why_not = _packing(config, loaded.model)
-    by_chunks = config.task_type == "CAUSAL_LM" and vocabulary and check_loss(model, vocabulary)
-    if config.bptt_length is not None and not (by_chunks and getattr(loaded.model, "carries_state", False)):
-        raise InputError(
-            f"bptt_length is for models that carry a state from one token to the next, and {type(loaded.model).__name__} does "
-            "not: leave it out."
-        )
     world = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch set it
     batches = BatchPlan(
         data.train.lengths,
@@ -233,7 +233,7 @@ def plan(
         config=config,
         task=task,
         loaded=loaded,
-        model=model,
+        model=loaded.model,
         train=data.train,
         stream=data.stream,
         evaluation=data.evaluation,
@@ -253,7 +253,53 @@ def plan(
     )
     if checkpoint is not None:
         _check_continues(planned, checkpoint)
-    return planned
+    adapted = _adapted(planned)
+    _check_saved_modules(config, adapted.model)
+    by_chunks = config.task_type == "CAUSAL_LM" and vocabulary and check_loss(adapted.model, vocabulary)
+    if config.bptt_length is not None and not (by_chunks and getattr(loaded.model, "carries_state", False)):
+        raise InputError(
+            f"bptt_length is for models that carry a state from one token to the next, and {type(loaded.model).__name__} does "
+            "not: leave it out."
+        )
+    return replace(planned, model=adapted.model, init_seconds=adapted.seconds, notes=planned.notes + adapted.notes)
+
+
+def _adapted(planned: Plan) -> Adapted:
+    """The model to train. It begins as the seed says, whatever was drawn before."""
+    config, base, checkpoint = planned.config, planned.loaded.model, planned.checkpoint
+    set_seed(config.seed)
+    if config.baseline is None:
+        began = time.perf_counter()
+        model = get_peft_model(base, adapter_config(config, base))
+        train_whole_modules_in_float32(model)
+        adapted = Adapted(model, time.perf_counter() - began)
+    else:
+        initial = checkpoint.parent / baselines.INITIAL_FOLDER if checkpoint is not None else None
+        adapted = baselines.adapt(config, base, lambda model: _estimate(planned, model), initial)
+    if checkpoint is None:
+        return adapted
+    written = json.loads((checkpoint / DATA_FILE).read_text(encoding="utf-8"))
+    return replace(adapted, seconds=written.get("init_seconds", adapted.seconds))
+
+
+def _estimate(planned: Plan, model: Any) -> None:
+    """Add up the gradients of the run's loss on its first batches, as many as LoRA-GA is to look at."""
+    config = planned.config
+    left = config.baseline_kwargs.get("gradient_batches", baselines.GRADIENT_BATCHES)
+    device, size = next(model.parameters()).device, config.per_device_train_batch_size
+    numbers = (step[start : start + size] for step in planned.batches.epoch(0) for start in range(0, len(step), size))
+    with planned.attention(), torch.autocast(device.type, torch.bfloat16, config.bf16):
+        for _, some in zip(range(left), numbers, strict=False):
+            batch = planned.batch([planned.train[int(number)] for number in some])
+            inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k not in ABOUT}
+            planned.task.loss(model, **inputs, supervised=max(batch["supervised"], 1)).backward()
+
+
+def _sizes(config: RunConfig) -> dict[str, Any]:
+    if config.baseline is None:
+        return {"variant": config.variant, "r": config.r}
+    r = {} if config.baseline == "full" else {"r": config.r}
+    return r | ({"baseline_kwargs": config.baseline_kwargs} if config.baseline_kwargs else {})
 
 
 def _check_surroundings(config: RunConfig) -> None:
@@ -426,6 +472,12 @@ def resolved(config: RunConfig | str | Path | dict[str, Any], overrides: dict[st
 
 
 def _learning_rate(config: RunConfig) -> tuple[float, list[str]]:
+    if config.baseline is not None:
+        if config.learning_rate is None:
+            raise InputError(
+                f"learning_rate has a default for the family's variants, none for baseline {config.baseline}: set it."
+            )
+        return config.learning_rate, []
     default = default_learning_rate(config.spec)
     adapts_layers = config.target_modules != () or config.target_parameters is not None
     if config.learning_rate is None and not adapts_layers:

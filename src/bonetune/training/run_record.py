@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from bonetune.errors import InputError
 from bonetune.files import CERTIFICATE_FILE, RUN_FILE, SUMMARY_FILE, read_json_lines
+from bonetune.training.baselines import ADAPTERS_OWN, FAMILYS_OWN
 from bonetune.training.config import RunConfig
 from bonetune.training.folder import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
 from bonetune.training.plots import Points, evaluated, is_number, points
@@ -66,11 +67,17 @@ class RunRecord:
 
     @property
     def outline(self) -> dict[str, Any]:
-        """The summary, and from the other files what it lacks of base, variant, r, steps and seconds."""
+        """The summary, and from the other files what it lacks of base, method or variant, r, steps and seconds."""
         settings = self.settings
-        known = {"base": settings.get("model_name_or_path"), "variant": settings.get("variant"), "r": settings.get("r")}
-        known |= {"steps": self.latest("step"), "seconds": self.latest("seconds")}
+        known = {"base": settings.get("model_name_or_path"), "steps": self.latest("step"), "seconds": self.latest("seconds")}
+        known |= {"method": self.baseline} if self.baseline else {"variant": settings.get("variant")}
+        known |= {"r": settings.get("r")} if self.baseline != "full" else {}
         return {name: value for name, value in known.items() if value is not None} | self.summary
+
+    @property
+    def baseline(self) -> str | None:
+        """The method, where it is none of the family's."""
+        return self.settings.get("baseline")
 
     def latest(self, name: str) -> Any:
         """The last value of `name` in metrics.jsonl; None if it is not there."""
@@ -93,8 +100,11 @@ class RunRecord:
         return [str(name) for name in (names if isinstance(names, list) else [names])]
 
     def sections(self) -> list[tuple[str, list[Setting]]]:
-        """All settings of run.yaml under the titles of their sections; last, those this version does not know."""
-        left = dict(self.settings)
+        """The settings of run.yaml under the titles of their sections; last, those this version does not know.
+
+        Of a baseline's run without those that only adapters of the family have.
+        """
+        left = {name: value for name, value in self.settings.items() if name not in self._others_settings}
         found = []
         for section in RunConfig.__bases__:
             if not issubclass(section, BaseModel):
@@ -103,6 +113,13 @@ class RunRecord:
             found.append(((section.__doc__ or "").strip().partition("\n")[0].rstrip(".").replace("`", ""), known))
         found.append(("Of another version", [Setting(name, value, None, "", True) for name, value in left.items()]))
         return [(title, settings) for title, settings in found if settings]
+
+    @property
+    def _others_settings(self) -> tuple[str, ...]:
+        """Settings that mean nothing to the run's method."""
+        if not self.baseline:
+            return ()
+        return (*FAMILYS_OWN, *ADAPTERS_OWN) if self.baseline == "full" else FAMILYS_OWN
 
     def chosen(self) -> list[Setting]:
         """The settings that differ from their defaults."""

@@ -17,6 +17,7 @@ from bonetune.spec import Variant
 TaskName = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"]
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Baseline = Literal["full", "lora", "rslora", "lora+", "dora", "pissa", "olora", "lora-ga", "milora", "miss", "miss-bat"]
 
 
 class ModelSettings(BaseModel, frozen=True):
@@ -91,7 +92,11 @@ class DataSettings(BaseModel, frozen=True):
 
 
 class AdapterSettings(BaseModel, frozen=True):
-    """The adapter: the fields of `bonetune.BoneConfig`."""
+    """The adapter.
+
+    The fields of `bonetune.BoneConfig`. A baseline has r (LoRA's rank), target_modules, exclude_modules, rank_pattern, bias,
+    layers_to_transform, layers_pattern and modules_to_save of them; `full` has none.
+    """
 
     variant: Variant = Field(default="bone", description="bone, mini, bat, bat-row, bat-free or bat-left")
     r: PositiveInt = Field(default=64, description="shard size")
@@ -121,6 +126,22 @@ class AdapterSettings(BaseModel, frozen=True):
     ensure_weight_tying: bool = Field(default=False, description="adapt tied embeddings by one tensor")
 
 
+class BaselineSettings(BaseModel, frozen=True):
+    """Another method in the adapter's place, for comparisons in the same loop, by PEFT's own code."""
+
+    baseline: Baseline | None = Field(
+        default=None,
+        description="train by this method instead of an adapter of the family, for comparisons; full: all parameters, in "
+        "float32. It needs a learning_rate",
+    )
+    baseline_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="what its PEFT configuration takes besides: lora_alpha (r where nothing is said: the scale is left to the "
+        "learning rate), lora_dropout, init_lora_weights (pissa_niter_16), ...; loraplus_lr_ratio (16) of lora+; "
+        "gradient_batches (8) of lora-ga, direction, scale, stable_gamma",
+    )
+
+
 class RWKVSettings(BaseModel, frozen=True):
     """What RWKV models have besides."""
 
@@ -145,7 +166,9 @@ class RWKVSettings(BaseModel, frozen=True):
 class OptimizationSettings(BaseModel, frozen=True):
     """How it is trained."""
 
-    learning_rate: float | None = Field(default=None, gt=0, description="peak; None: by variant and r (docs/guide.md)")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="peak; None: by variant and r (docs/guide.md). Baselines need one"
+    )
     lr_scheduler_type: str = Field(default="cosine", description="any of transformers' schedules")
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict, description="what the schedule takes besides")
     warmup_steps: float = Field(default=0.03, ge=0, description="optimizer steps of warm-up; below 1, a share of all steps")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bonetune.diagnostics import environment, git_state
-from bonetune.errors import RunError, Terminated
+from bonetune.errors import DivergedError, RunError, Terminated
 from bonetune.files import (
     PROMPTS_FILE,
     RUN_FILE,
@@ -23,6 +23,7 @@ from bonetune.files import (
 )
 from bonetune.formats.checkpoint import fingerprint_of
 from bonetune.models import compiled_layers, generate
+from bonetune.training import baselines
 from bonetune.training.checkpoints import step_of
 from bonetune.training.config import RunConfig
 from bonetune.training.folder import (
@@ -44,7 +45,7 @@ from bonetune.training.trainer import BoneTrainer, make_trainer
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left: the adapter in `output_dir`, and its numbers."""
+    """What a run left: the adapter (of the baseline `full`, the model) in `output_dir`, and its numbers."""
 
     output_dir: str
     steps: int
@@ -64,7 +65,7 @@ def train(
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
-    """Fine-tune a model with an adapter of the Bone family.
+    """Fine-tune a model with an adapter of the Bone family; or, for comparisons, by another method (`baseline`).
 
     On one device or, under `torchrun` or `accelerate launch`, on several. Before the first step the largest batch, an
     evaluation and a checkpoint are rehearsed. A SIGTERM ends the run after the step it is in, with a checkpoint.
@@ -126,6 +127,7 @@ def _open_folder(planned: Plan, folder: Path) -> None:
     """What is written before the first step."""
     if planned.checkpoint is None:
         clear(folder)
+        baselines.save_initial(planned.config, planned.model, folder)
         write_json_lines(folder / SAMPLES_FILE, _answered(planned, "before"))
     else:
         reopen(folder)
@@ -159,7 +161,10 @@ def _steps(trainer: BoneTrainer, planned: Plan) -> None:
 def _close_folder(trainer: BoneTrainer, planned: Plan, adapter: dict[str, Any] | None, folder: Path) -> None:
     """What is written after the last step: the adapter first, then what tells of it."""
     with folder_written_beside(folder) as beside:
-        planned.model.save_pretrained(beside, state_dict=adapter)
+        if planned.config.baseline is None:
+            planned.model.save_pretrained(beside, state_dict=adapter)
+        else:
+            baselines.save(planned.config, planned.model, beside, folder)
         planned.loaded.tokenizer.save_pretrained(beside)
         write_json_lines(beside / PROMPTS_FILE, [prompt for prompt, _ in planned.prompts])
         closing = {"seconds": trainer.recorder.tally.seconds, "base_fingerprint": fingerprint_of(planned.loaded.base)}
@@ -172,7 +177,7 @@ def _close_folder(trainer: BoneTrainer, planned: Plan, adapter: dict[str, Any] |
         write_json_lines(file, [of_prompts.get(sample["prompt"], {}) | sample for sample in after])
     metrics = read_metrics(folder / METRICS_FILE)
     config = planned.config
-    title = f"{config.variant}, r={config.r}, on {Path(planned.loaded.base).name}"
+    title = f"{config.method_in_words}, on {Path(planned.loaded.base).name}"
     unit = {"unit": None} if config.task_type == "SEQ_CLS" else {}
     plot_loss(metrics, folder / PLOT_FILE, title, **unit)
     write_report(folder)
@@ -195,4 +200,6 @@ def _result(trainer: BoneTrainer, planned: Plan, folder: Path) -> TrainResult:
 def _check_finite(model: Any) -> None:
     bad = [name for name, parameter in model.named_parameters() if parameter.requires_grad and not parameter.isfinite().all()]
     if bad:
-        raise RunError(f"Training left values that are not finite in {bad[0]} and {len(bad) - 1} more. Lower learning_rate.")
+        raise DivergedError(
+            f"Training left values that are not finite in {bad[0]} and {len(bad) - 1} more. Lower learning_rate."
+        )

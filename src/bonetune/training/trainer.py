@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from bonetune.data.batches import Batch
-from bonetune.errors import InputError, RunError
+from bonetune.errors import DivergedError, InputError, RunError
 from bonetune.files import write_json
-from bonetune.training import checkpoints
+from bonetune.training import baselines, checkpoints
 from bonetune.training.config import HEEDING_EVALUATIONS
 from bonetune.training.folder import BAD_BATCH_FILE, METRICS_FILE
 from bonetune.training.learning_rate import schedule_settings
@@ -191,10 +191,20 @@ class BoneTrainer(Trainer):
         step = self.state.global_step + 1
         file = self.folder / (f"rank{self.args.process_index}-" * (self.args.world_size > 1) + BAD_BATCH_FILE)
         write_json(file, {"step": step, "reason": what, "examples": self.planned.describe_examples(examples)})
-        raise RunError(
+        raise DivergedError(
             f"{what} at step {step}: the run has fallen apart. Its examples are in {file}. Lower learning_rate, or look at "
             "them; the last checkpoint in output_dir is from before."
         )
+
+    # optimizer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers' optimizer; LoRA+'s has rates of its own."""
+        config = self.planned.config
+        if self.optimizer is None and config.baseline == "lora+":
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # pyright: ignore[reportArgumentType]
+            self.optimizer = baselines.optimizer(config, self.model, kind, options)
+        return super().create_optimizer(model)
 
     # evaluation
 
@@ -348,7 +358,7 @@ class BoneTrainer(Trainer):
                 for unneeded in ("training_args.bin", "README.md"):
                     (staged / unneeded).unlink(missing_ok=True)
                 write_json(staged / TALLY_FILE, asdict(self.recorder.tally))
-                write_json(staged / DATA_FILE, self.planned.fingerprint)
+                write_json(staged / DATA_FILE, self.planned.fingerprint | {"init_seconds": self.planned.init_seconds})
                 checkpoints.publish(staged, self.folder)
                 checkpoints.rotate(self.folder, self.planned.config.save_total_limit)
         except (OSError, RuntimeError, SafetensorError) as error:

@@ -88,14 +88,19 @@ IGNORED = {
     "seed is of the data order, too": "data_seed",
 }
 
-_NO_ALPHA = "no adapter here has a factor before its update: r and learning_rate do its work"
+_NO_ALPHA = (
+    "no adapter here has a factor before its update: r and learning_rate do its work; a baseline has one, in baseline_kwargs"
+)
 _NEW_ADAPTER = "a run starts with a new adapter; `--resume` (resume=True) goes on from a checkpoint"
-_ZERO = "adapters start at zero; the variants bat, bat-row and bat-left are what the frozen weight guides"
+_ZERO = (
+    "adapters start at zero; the variants bat, bat-row and bat-left are what the frozen weight guides; baseline_kwargs has it "
+    "for LoRA's baselines"
+)
 _DATA_CONFIGURATION = "save that configuration's rows to a file and name it in dataset_name"
 _TEMPLATE = "messages are rendered by the tokenizer's own chat template, other rows by prompt_template"
 _ROWS = "take a slice, such as dataset_split: train[:1000]"
 _TOKENIZER = "the tokenizer is used as it is, but for eos_token: save a changed one, and name it in tokenizer_name_or_path"
-_LORA = "bonetune trains adapters of the Bone family, not LoRA's: leave it out"
+_LORA = "bonetune trains adapters of the Bone family: leave it out, or say baseline, for a comparison"
 # What RWKV-PEFT's train.py has from there.
 _OF_PRETRAINING = (
     *("my_pile_version", "my_pile_stage", "my_pile_shift", "my_pile_edecay", "magic_prime", "my_qa_mask"),
