@@ -76,7 +76,8 @@ def test_exact_match_with_records(data, model_folder, tmp_path):
     assert result.interval[0] < 0.5 < result.interval[1]
     assert len((tmp_path / "o" / "exact-match.jsonl").read_text().splitlines()) == 4
     (scores,) = json.loads((tmp_path / "o" / "scores.json").read_text())
-    assert scores == {"task": "exact-match", "score": 0.5, "interval": list(result.interval), "items": 4}
+    assert scores == result.summary() | {"interval": list(result.interval)}
+    assert scores["protocol"].startswith("exact-match: greedy, at most 6 new tokens; equal to the expected answer")
 
 
 def test_loss_is_the_mean_over_supervised_tokens(data, tokenizer):

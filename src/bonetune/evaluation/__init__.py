@@ -1,7 +1,9 @@
-"""Trying a model: exact match and loss, each with its interval; a conversation."""
+"""Trying a model: tasks with their scores, intervals and records; a conversation."""
 
 from bonetune.evaluation.chat import Chat
-from bonetune.evaluation.evaluate import TaskResult, evaluate
+from bonetune.evaluation.evaluate import TASKS, evaluate
+from bonetune.evaluation.result import TaskResult
 from bonetune.evaluation.statistics import Proportion, most_frequent, sign_test
+from bonetune.evaluation.task import Judge
 
-__all__ = ["Chat", "Proportion", "TaskResult", "evaluate", "most_frequent", "sign_test"]
+__all__ = ["TASKS", "Chat", "Judge", "Proportion", "TaskResult", "evaluate", "most_frequent", "sign_test"]

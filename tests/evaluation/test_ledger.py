@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from bonetune.errors import InputError
+from bonetune.evaluation.ledger import Ledger, Shelf
+from bonetune.evaluation.result import TaskResult
+
+
+def test_records_come_back_in_order_and_a_torn_line_is_made_again(tmp_path):
+    file, told = tmp_path / "task.jsonl", []
+    Ledger(3, file=file).add([{"row": 3, "correct": True}, {"row": 1, "correct": False}])
+    with file.open("a") as torn:
+        torn.write('{"row": 2, "cor')
+    again = Ledger(3, lambda done, total: told.append((done, total)), file)
+    assert set(again.records) == {1, 3}
+    again.add([{"row": 2, "correct": True}])
+    assert [record["row"] for record in again.ordered] == [1, 2, 3]
+    assert told == [(2, 3), (3, 3)]
+    assert [json.loads(line)["row"] for line in file.read_text().splitlines()] == [3, 1, 2]
+
+
+def shelf(folder, **identity):
+    return Shelf(folder, "gsm8k:strict", {"model": "m", "prompts": ("a", "b")} | identity)
+
+
+def test_a_result_is_read_back_as_it_was(tmp_path):
+    place = shelf(tmp_path)
+    place.claim(resume=False, overwrite=False)
+    place.open()
+    assert place.result is None
+    result = TaskResult("gsm8k:strict", 0.5, (0.1, 0.9), 2, [{"row": 1, "correct": True}], {"x": 1.0}, "in words", False)
+    place.close(result)
+    assert shelf(tmp_path).result == result
+    assert (tmp_path / "gsm8k-strict.jsonl").is_file()
+
+
+def test_what_is_there_is_not_lost_by_mistake(tmp_path):
+    place = shelf(tmp_path)
+    place.open()
+    Ledger(2, file=place.records).add([{"row": 1}])
+    with pytest.raises(InputError, match="holds records already: pass --resume or --overwrite"):
+        shelf(tmp_path).claim(resume=False, overwrite=False)
+    with pytest.raises(InputError, match=r"made with other settings \(model \('m', now 'other'\)\): pass --overwrite"):
+        shelf(tmp_path, model="other").claim(resume=True, overwrite=False)
+    shelf(tmp_path).claim(resume=True, overwrite=False)
+    assert place.records.is_file()
+    shelf(tmp_path, model="other").claim(resume=False, overwrite=True)
+    assert not place.records.exists()

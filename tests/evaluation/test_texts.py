@@ -1,0 +1,83 @@
+import json
+import math
+
+import pytest
+import torch
+from adapted_models import adapted
+from conftest import llama
+from peft import LoraConfig, get_peft_model
+
+import bonetune
+from bonetune.errors import InputError
+from bonetune.evaluation import texts
+from bonetune.models import Loaded
+
+TEXTS = ["the quick brown fox jumps over the lazy dog " * 9, "what is one plus two?", "a", "three"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return str(path)
+
+
+def losses(model, tokenizer, text, window):
+    """Sum and number of the losses of a text's tokens, in float64, each predicted once from those of its window."""
+    ids, total = tokenizer(text).input_ids, 0.0
+    for start in range(0, len(ids) - 1, window - 1):
+        part = torch.tensor([ids[start : start + window]])
+        with torch.no_grad():
+            log_p = model(part).logits.double().log_softmax(-1)[0, :-1]
+        total -= log_p.gather(-1, part[0, 1:, None]).sum().item()
+    return total, len(ids) - 1
+
+
+@pytest.mark.parametrize("window", [8, 20])
+def test_perplexity(data, tokenizer, window, monkeypatch):
+    monkeypatch.setattr(texts, "WINDOW", window)
+    model = llama()
+    (result,) = bonetune.evaluate(Loaded(model, tokenizer, "m"), ["perplexity"], data=data)
+    found = [losses(model, tokenizer, text, window) for text in TEXTS]
+    nats, tokens = sum(total for total, _ in found), sum(count for _, count in found)
+    assert result.score == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert result.metrics["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    scored = [text for text, (_, count) in zip(TEXTS, found, strict=True) if count]
+    assert result.metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(len(t.encode()) for t in scored), rel=1e-5)
+    assert result.interval[0] < result.score < result.interval[1]
+    assert not result.higher_is_better
+    assert [r["supervised_tokens"] for r in result.records] == [count for _, count in found if count]
+
+
+@pytest.mark.parametrize("kind", ["bone", "lora"])
+def test_forgetting_is_measured_against_the_model_without_the_adapter(data, tokenizer, kind):
+    if kind == "bone":
+        model = adapted(base=llama())
+    else:
+        config = LoraConfig(target_modules="all-linear", init_lora_weights=False, lora_alpha=64)
+        model = get_peft_model(llama(), config).eval()
+    (result,) = bonetune.evaluate(Loaded(model, tokenizer, "m"), ["forgetting"], data=data)
+    (before,) = bonetune.evaluate(Loaded(llama(), tokenizer, "m"), ["perplexity"], data=data)
+    (after,) = bonetune.evaluate(Loaded(model, tokenizer, "m"), ["perplexity"], data=data)
+    assert result.metrics["base_loss"] == pytest.approx(before.metrics["loss"], rel=1e-5)
+    assert result.score == pytest.approx(after.metrics["loss"] - before.metrics["loss"], abs=1e-6)
+    assert abs(result.score) > 1e-2
+    assert result.interval[0] <= result.score <= result.interval[1]
+
+
+def test_forgetting_of_a_whole_model_needs_its_base(data, tokenizer, model_folder):
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    with pytest.raises(InputError, match="m has no adapter: name it with base"):
+        bonetune.evaluate(Loaded(model, tokenizer, "m"), ["forgetting"], data=data)
+    (result,) = bonetune.evaluate(Loaded(model, tokenizer, "m"), ["forgetting"], data=data, base=str(model_folder))
+    assert result.score == pytest.approx(result.metrics["loss"] - result.metrics["base_loss"])
+    assert abs(result.score) > 1e-2
+
+
+def test_only_plain_text_will_do(tmp_path, tokenizer):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(InputError, match="perplexity is measured on plain text, and the rows are prompt-completion"):
+        bonetune.evaluate(Loaded(llama(), tokenizer, "m"), ["perplexity"], data=str(rows))
