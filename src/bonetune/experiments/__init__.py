@@ -1,0 +1,1 @@
+"""Comparisons: fine-tuning methods side by side, each at its own best learning rate, with what chance alone would do."""

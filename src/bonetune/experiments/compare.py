@@ -1,0 +1,258 @@
+"""`bonetune compare`: choose each method's learning rate, make the runs that count, and say what they show."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bonetune.errors import InputError, RunError
+from bonetune.evaluation.evaluate import prepare
+from bonetune.evaluation.trained_with import TrainedWith
+from bonetune.experiments.engines import Engine, Job, engine
+from bonetune.experiments.matching import Sized, reference_of, sized
+from bonetune.experiments.outcome import Outcome, Trial
+from bonetune.experiments.settings import Comparison, load_comparison
+from bonetune.experiments.trial import RUNS, folder_of, known_outcome, perform
+from bonetune.files import usable_folder, write_text
+from bonetune.training import plan
+
+SETTINGS_FILE, REPORT_FILE, RESULTS_FILE = "comparison.yaml", "report.html", "results.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run that is done.
+
+    Args:
+        outcome: what came of it.
+        counts: whether it is one that counts, or was made to choose a rate.
+        done, known: runs done so far, and runs known to be needed; a sweep may need more.
+    """
+
+    outcome: Outcome
+    counts: bool
+    done: int
+    known: int
+
+
+@dataclass
+class _Sweep:
+    """The search for one method's learning rate."""
+
+    rates: list[float]
+    outcomes: dict[float, Outcome]
+    most: int
+    fixed: bool
+
+    @property
+    def pending(self) -> list[float]:
+        """Rates to try next."""
+        missing = [rate for rate in self.rates if rate not in self.outcomes]
+        if missing or self.fixed or len(self.rates) >= self.most:
+            return missing
+        factor = self.rates[1] / self.rates[0]
+        if self.best in (self.rates[0], None):
+            self.rates.insert(0, float(f"{self.rates[0] / factor:.6g}"))
+        elif self.best == self.rates[-1]:
+            self.rates.append(float(f"{self.rates[-1] * factor:.6g}"))
+        return [rate for rate in self.rates if rate not in self.outcomes]
+
+    @property
+    def best(self) -> float | None:
+        """The rate with the best validation score; None if every run fell apart, a smaller one of equals."""
+        scored = [(rate, o) for rate, o in sorted(self.outcomes.items()) if o.failure is None and o.validation is not None]
+        if not scored:
+            return None
+        sign = -1.0 if scored[0][1].validation_higher_is_better else 1.0
+        return min(scored, key=lambda pair: sign * (pair[1].validation or 0.0))[0]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """All runs of a comparison.
+
+    Args:
+        comparison: its settings.
+        sizes: of the methods.
+        sweeps: the runs that the rates were chosen by: method, rate.
+        rates: the rates chosen.
+        counting: the runs that count: method, seed.
+    """
+
+    comparison: Comparison
+    sizes: dict[str, Sized]
+    sweeps: dict[str, dict[float, Outcome]]
+    rates: dict[str, float]
+    counting: dict[str, dict[int, Outcome]]
+
+    @property
+    def reference(self) -> str | None:
+        """The method whose trainable parameters the others match; None: none had to."""
+        return reference_of(self.comparison)
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """A method of a comparison before its first run.
+
+    Args:
+        sized: its size.
+        rates: the learning rates that its sweep begins with.
+        described: what it trains, in a few words.
+    """
+
+    sized: Sized
+    rates: tuple[float, ...]
+    described: str
+
+
+def plan_comparison(comparison: Comparison) -> list[MethodPlan]:
+    """Check all that can be checked before the first run: every run's settings, the model, the data, the tasks.
+
+    Nothing is written. Raises `InputError` as `compare` does.
+    """
+    sizes = sized(comparison)
+    plans = []
+    for name, size in sizes.items():
+        config = comparison.run(name, size.r, 1e-4, comparison.sweep_seed, folder_of(comparison, Trial(name, 1e-4, 0)))
+        plans.append(MethodPlan(size, comparison.grid(name, config), config.method_in_words))
+    first = next(iter(sizes))
+    planned = plan(comparison.run(first, sizes[first].r, 1e-4, comparison.sweep_seed, Path(comparison.output_dir) / "plan"))
+    run = TrainedWith(
+        planned.config.model_dump(mode="json"), planned.row_format.kind, planned.row_format.fields, planned.opened
+    )
+    examinations = [comparison.validation, *comparison.tests, *([comparison.text] if comparison.text else [])]
+    for examination in examinations:
+        prepare(examination.tasks, task_type=planned.config.task_type, run=run, **examination.arguments())
+    return plans
+
+
+def make_runs(comparison: Comparison, *, on_run: Callable[[Progress], None] | None = None, make: Engine | None = None) -> Runs:
+    """Make the runs that are not there yet.
+
+    Args:
+        comparison: the settings.
+        on_run: called after each run.
+        make: what makes them; None takes the engine that the settings name.
+    """
+    sizes = sized(comparison)
+    with contextlib.ExitStack() as stack:
+        chosen = make or stack.enter_context(engine(comparison))
+        progress = _Progress(on_run)
+        sweeps = _swept(comparison, sizes, chosen, progress)
+        rates = {name: _rate(name, comparison, sweeps) for name in comparison.methods}
+        trials = [Trial(name, rate, seed) for seed in comparison.seeds for name, rate in rates.items() if rate is not None]
+        outcomes = dict(zip(trials, _made(comparison, sizes, trials, True, chosen, progress), strict=True))
+    counting: dict[str, dict[int, Outcome]] = {name: {} for name in comparison.methods}
+    for trial, outcome in outcomes.items():
+        counting[trial.method][trial.seed] = outcome
+    tried = {name: sweep.outcomes for name, sweep in sweeps.items()}
+    return Runs(comparison, sizes, tried, {name: rate for name, rate in rates.items() if rate is not None}, counting)
+
+
+def _swept(comparison: Comparison, sizes: dict[str, Sized], make: Engine, progress: "_Progress") -> dict[str, _Sweep]:
+    sweeps = {}
+    for name, method in comparison.methods.items():
+        if method.rate_of is None:
+            rates = list(comparison.grid(name, comparison.run(name, sizes[name].r, 1e-4, 0, Path())))
+            sweeps[name] = _Sweep(rates, {}, comparison.most_rates, fixed=len(rates) == 1)
+    while True:
+        open_ones = {name: sweep for name, sweep in sweeps.items() if not sweep.fixed}
+        trials = [Trial(name, rate, comparison.sweep_seed) for name, sweep in open_ones.items() for rate in sweep.pending]
+        if not trials:
+            return sweeps
+        for trial, outcome in zip(trials, _made(comparison, sizes, trials, False, make, progress), strict=True):
+            sweeps[trial.method].outcomes[trial.learning_rate] = outcome
+
+
+def _rate(name: str, comparison: Comparison, sweeps: dict[str, _Sweep]) -> float | None:
+    sweep = sweeps[comparison.methods[name].rate_of or name]
+    return sweep.rates[0] if sweep.fixed else sweep.best
+
+
+def _made(
+    comparison: Comparison,
+    sizes: dict[str, Sized],
+    trials: Sequence[Trial],
+    counts: bool,
+    make: Engine,
+    progress: "_Progress",
+) -> list[Outcome]:
+    """The outcomes of the trials, in their order; what is there already is not made again."""
+    progress.expect(len(trials))
+    found = {trial: known_outcome(comparison, trial, sizes[trial.method].r, counts=counts) for trial in trials}
+    for outcome in found.values():
+        if outcome is not None:
+            progress.tell(outcome, counts)
+    missing = [trial for trial, outcome in found.items() if outcome is None]
+    jobs: list[Job] = [(perform, (comparison, trial, sizes[trial.method].r), {"counts": counts}) for trial in missing]
+    for number, outcome in make(jobs) if jobs else ():
+        found[missing[number]] = outcome
+        progress.tell(outcome, counts)
+    return [outcome for trial in trials if (outcome := found[trial]) is not None]
+
+
+class _Progress:
+    def __init__(self, on_run: Callable[[Progress], None] | None) -> None:
+        self.on_run, self.done, self.known = on_run, 0, 0
+
+    def expect(self, runs: int) -> None:
+        self.known += runs
+
+    def tell(self, outcome: Outcome, counts: bool) -> None:
+        self.done += 1
+        if self.on_run is not None:
+            self.on_run(Progress(outcome, counts, self.done, self.known))
+
+
+# What may differ when a comparison goes on: what it is called and compared with, which methods and seeds there are besides.
+_MAY_CHANGE = {"title", "methods", "against", "seeds", "most_rates", "keep_weights", "engine", "parallel", "resources"}
+
+
+@contextlib.contextmanager
+def claimed(comparison: Comparison, *, resume: bool, overwrite: bool) -> Iterator[Path]:
+    """The comparison's folder, this process's alone while it is open.
+
+    Raises:
+        InputError: it holds another comparison, or one and the user has not said what to do with it.
+        RunError: another process is at it.
+    """
+    import fcntl
+
+    folder = Path(comparison.output_dir)
+    usable_folder(folder, "output_dir")
+    if resume and overwrite:
+        raise InputError("--resume goes on with the comparison in output_dir, --overwrite throws it away: pass one of them.")
+    file = folder / SETTINGS_FILE
+    if file.is_file() and not (resume or overwrite):
+        raise InputError(f"output_dir {folder} already holds a comparison: pass --resume or --overwrite, or choose another.")
+    if file.is_file() and resume:
+        _check_same(load_comparison(file), comparison, file)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"Another process is making the runs in {folder}: wait for it, or end it.") from error
+        if overwrite:
+            shutil.rmtree(folder / RUNS, ignore_errors=True)
+        write_text(file, comparison.to_yaml())
+        yield folder
+
+
+def _check_same(before: Comparison, now: Comparison, file: Path) -> None:
+    changed = [
+        f"{name} ({value!r:.80}, now {getattr(now, name)!r:.80})"
+        for name in Comparison.model_fields
+        if name not in _MAY_CHANGE and (value := getattr(before, name)) != getattr(now, name)
+    ]
+    for name, method in now.methods.items():
+        earlier = before.methods.get(name)
+        if earlier is not None and earlier.settings != method.settings:
+            changed.append(f"methods.{name} ({earlier.settings!r:.80}, now {method.settings!r:.80})")
+    if changed:
+        raise InputError(
+            f"The comparison in {file.parent} was started with other settings: {'; '.join(changed)}. Choose another "
+            "output_dir, or pass --overwrite."
+        )
