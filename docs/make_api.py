@@ -45,6 +45,7 @@ SECTIONS = (
             "bonetune.training",
             "bonetune.tokenization",
             "bonetune.evaluation",
+            "bonetune.experiments",
             "bonetune.merging",
             "bonetune.conversion",
             "bonetune.certificates",

@@ -1,8 +1,8 @@
 """Bone, BAT and MiSS fine-tuning (arXiv 2409.15371) for every model that PEFT can reach.
 
 Importing this package makes peft_type "BONE" known to PEFT: `peft.get_peft_model(model, bonetune.BoneConfig(r=64))`.
-The command line's verbs are functions here: `train`, `evaluate`, `merge`, `demo`, `environment`, and the class `Chat`; they are
-imported when first used, and so is `bonetune.rwkv`, with RWKV's models.
+The command line's verbs are functions here: `train`, `evaluate`, `compare`, `merge`, `demo`, `environment`, and the class
+`Chat`; they are imported when first used, and so is `bonetune.rwkv`, with RWKV's models.
 """
 
 from importlib import import_module
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from bonetune.conversion import convert
     from bonetune.demonstration import demo
     from bonetune.diagnostics import environment
-    from bonetune.evaluation import Chat, evaluate
+    from bonetune.evaluation import Chat, Judge, evaluate
+    from bonetune.experiments import compare
     from bonetune.hub import pull, push
     from bonetune.merging import merge
     from bonetune.tokenization import tokenize
@@ -48,11 +49,13 @@ __all__ = [
     "BonetuneError",
     "Chat",
     "InputError",
+    "Judge",
     "RunError",
     "ShardSpec",
     "SpecError",
     "TargetError",
     "accelerate_miss",
+    "compare",
     "convert",
     "demo",
     "environment",
@@ -67,6 +70,8 @@ __all__ = [
 
 _VERBS = {
     "Chat": "bonetune.evaluation",
+    "Judge": "bonetune.evaluation",
+    "compare": "bonetune.experiments",
     "convert": "bonetune.conversion",
     "demo": "bonetune.demonstration",
     "environment": "bonetune.diagnostics",

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from bonetune_cli import chat, convert, demo, env, estimate, evaluate, merge, pull, push, tokenize, train
+from bonetune_cli import chat, compare, convert, demo, env, estimate, evaluate, merge, pull, push, tokenize, train
 from bonetune_cli.allocator import start_again_with_settings
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
@@ -29,7 +30,7 @@ app.command("env")(env.env)
 
 
 # verbs that compute for long on a CPU
-HEAVY = ("train", "demo", "estimate")
+HEAVY = ("train", "demo", "estimate", "compare")
 
 
 def run() -> None:

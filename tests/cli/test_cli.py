@@ -1,8 +1,10 @@
 """The command line from outside: exit codes, one clear line, JSON where a program reads."""
 
+import csv
 import json
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 
 import pytest
@@ -34,6 +36,74 @@ def test_train_eval_merge(project, run):
     assert certificate["holds"]
     merged = run("eval", project / "merged", "--tasks", "loss", *rows)
     assert json.loads(merged.out)[0]["score"] == pytest.approx(scores[1]["score"], rel=1e-4)
+
+
+def test_eval_by_task_resumed(project, run):
+    model = yaml.safe_load((project / "run.yaml").read_text())["model_name_or_path"]
+    (project / "text.jsonl").write_text('{"text": "the quick brown fox"}\n' * 3)
+    data = ["--data", f"loss={project}/rows.jsonl", "--data", f"perplexity={project}/text.jsonl"]
+    command = ("eval", model, "--tasks", "loss,perplexity", *data, "--output-dir", project / "scores")
+    said = run(*command).out
+    assert "loss: mean cross-entropy" in said
+    assert "perplexity: plain text in windows of 1024 tokens" in said
+    assert "pass --resume or --overwrite" in run(*command, code=2).err
+    assert run(*command, "--resume").out == said
+    assert [line["task"] for line in json.loads((project / "scores" / "scores.json").read_text())] == ["loss", "perplexity"]
+
+
+@pytest.fixture
+def comparison(project):
+    """Two methods, one seed, a rate each: four runs at most."""
+    train = yaml.safe_load((project / "run.yaml").read_text())
+    del train["output_dir"], train["r"]
+    rows = {"tasks": ["loss"], "data": str(project / "rows.jsonl"), "split": "test[:4]"}
+    settings = {
+        "output_dir": str(project / "out"),
+        "train": train,
+        "methods": {"bone": {"r": 4, "learning_rates": [1e-3]}, "lora": {"learning_rates": [1e-3, 2e-3], "r": 2}},
+        "seeds": [1],
+        "most_rates": 2,
+        "validation": rows,
+        "tests": rows,
+    }
+    (project / "comparison.yaml").write_text(yaml.safe_dump(settings))
+    return project / "comparison.yaml"
+
+
+def test_compare(comparison, run):
+    shown = run("compare", comparison, "--dry-run").out
+    assert "lora: lora, r=2, lora_alpha=2: 1,856 trainable parameters; learning rates 0.001, 0.002" in shown
+    assert "At least 2 runs to choose the learning rates, and 2 that count." in shown
+    assert not (comparison.parent / "out").exists()
+    done = run("compare", comparison)
+    assert "Nothing is decided: methods share 1 seed, and it takes three to tell a difference." in done.out
+    assert "[4 of 4] " in done.err
+    folder = comparison.parent / "out"
+    left = {name: (folder / name).read_bytes() for name in ("report.html", "results.json", "runs.csv", "curves.csv")}
+    assert "already holds a comparison" in run("compare", comparison, code=2).err
+    again = run("compare", comparison, "--resume", "--json")
+    assert json.loads(again.out) == json.loads(left["results.json"])
+    assert {name: (folder / name).read_bytes() for name in left} == left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [5, 12, 16, 20, 24, 30])
+def test_a_comparison_killed_at_any_moment_goes_on_to_the_same_report(comparison, run, seconds):
+    command = ["compare", comparison, "methods.bone.learning_rates=[1e-3, 2e-3]", "scales=[0, 1]"]
+    run(*command, f"output_dir={comparison.parent}/whole")
+    started = subprocess.Popen([sys.executable, "-m", "bonetune_cli", *map(str, command)], stderr=subprocess.DEVNULL)
+    time.sleep(seconds)
+    started.kill()
+    started.wait()
+    made = (comparison.parent / "out" / "comparison.yaml").is_file()
+    run(*command, *(["--resume"] if made else []))
+    measured = ("seconds", "memory", "folder")
+
+    def scores(folder):
+        rows = list(csv.DictReader((comparison.parent / folder / "runs.csv").open()))
+        return [{name: value for name, value in row.items() if not any(word in name for word in measured)} for row in rows]
+
+    assert scores("out") == scores("whole")
 
 
 def test_tokenize_and_train_on_it(project, run):
@@ -86,6 +156,14 @@ def test_overwrite_and_resume(project, run):
         (["train", "{project}/run.yaml", "dataset_name={project}/none.jsonl"], "does not exist"),
         (["tokenize", "{project}/none.jsonl", "{project}/out", "--model", "{project}/run"], "does not exist"),
         (["eval", "{project}", "--tasks", "loss", "--data", "{project}/rows.jsonl"], "has no config.json"),
+        (["eval", "x", "--tasks", "gsm8k:lax"], "Unknown task 'gsm8k:lax'"),
+        (
+            ["eval", "x", "--tasks", "loss", "--data", "a", "--data", "loss=b"],
+            "--data a is for all tasks, and there is another",
+        ),
+        (["eval", "x", "--tasks", "loss", "--judge-url", "http://localhost"], "go together"),
+        (["compare", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["compare", "{project}/run.yaml"], "Missing key 'train'"),
         (["merge", "{project}", "--output", "{project}/out"], "is not an adapter folder"),
         (["demo", "--variant", "batt", "--output-dir", "{project}/demo"], "Unknown variant 'batt'"),
     ],
@@ -114,7 +192,10 @@ def test_the_process_itself_exits_with_2():
     assert not any("bonetune" in line or "Traceback" in line for line in of_libraries)
 
 
-@pytest.mark.parametrize("verb", [[], ["demo"], ["train"], ["eval"], ["merge"], ["chat"], ["tokenize"], ["estimate"], ["env"]])
+VERBS = ["demo", "train", "eval", "compare", "merge", "chat", "tokenize", "estimate", "env"]
+
+
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)])
 def test_help_imports_no_torch(verb):
     """What makes `--help` answer at once."""
     code = f"""

@@ -19,9 +19,11 @@ from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import bonetune
 from bonetune.data import reasoning_problems
 from bonetune.errors import InputError
 from bonetune.evaluation import gsm8k
+from bonetune.models import Loaded
 
 YAML = Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml"
 
@@ -353,23 +355,6 @@ def learned(_tokenizer, rows):
     return model.eval()
 
 
-def continued(model, tokenizer, prompts, batch_size):
-    """Greedy continuations, ended by the protocol's texts, of prompts that may have to be cut to leave room for them."""
-    texts = []
-    for start in range(0, len(prompts), batch_size):
-        batch = tokenizer(prompts[start : start + batch_size], padding=True, padding_side="left", return_tensors="pt")
-        room = model.config.max_position_embeddings - gsm8k.LM_EVAL_NEW_TOKENS
-        ids, mask = batch.input_ids[:, -room:], batch.attention_mask[:, -room:]
-        with torch.no_grad():
-            out = model.generate(
-                ids, attention_mask=mask, do_sample=False, max_new_tokens=gsm8k.LM_EVAL_NEW_TOKENS, pad_token_id=1
-            )
-        for answer in tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True):
-            ends = [answer.index(stop) for stop in gsm8k.LM_EVAL_STOP if stop in answer]
-            texts.append(answer[: min(ends, default=None)])
-    return texts
-
-
 @pytest.mark.parametrize("context", [2048, 600])
 def test_scores_are_the_harnesss(harness, rows, learned, tokenizer, context, monkeypatch):
     """With prompts that fit, and with prompts of which the beginning is cut off, to leave room for the answer."""
@@ -378,13 +363,16 @@ def test_scores_are_the_harnesss(harness, rows, learned, tokenizer, context, mon
     found = lm_eval.simple_evaluate(language_model, tasks=[harness], task_manager=tasks, log_samples=True, bootstrap_iters=0)
     prompts = gsm8k.few_shot_prompts(rows["test"], rows["train"])
     assert (len(tokenizer(prompts[0]).input_ids) + gsm8k.LM_EVAL_NEW_TOKENS > context) == (context == 600)
-    outputs = continued(learned, tokenizer, prompts, 3)
+    data, few_shot = (harness["dataset_kwargs"]["data_files"][split] for split in ("test", "train"))
+    loaded = Loaded(learned, tokenizer, "m")
+    (ours,) = bonetune.evaluate(loaded, ["gsm8k:lm-eval"], data=data, few_shot=few_shot, batch_size=3)
+    records, outputs = ours.records, [record["output"] for record in ours.records]
+    assert [record["prompt"] for record in records] == prompts
     assert any(output.endswith("\n\n") for output in outputs)  # another question was begun and cut off
-    records = [gsm8k.judge_lm_eval(output, one) for output, one in zip(outputs, rows["test"], strict=True)]
     assert {record["answer"] for record in records} != {"[invalid]"}
     for name, answer, score in (("strict-match", "answer", "correct"), ("flexible-extract", "flexible_answer", "flexible")):
         samples = [sample for sample in found["samples"]["gsm8k"] if sample["filter"] == name]
         assert outputs == [sample["resps"][0][0] for sample in samples]
         assert [record[answer] for record in records] == [sample["filtered_resps"][0] for sample in samples]
         assert [record[score] for record in records] == [sample["exact_match"] for sample in samples]
-        assert sum(record[score] for record in records) / 8 == found["results"]["gsm8k"][f"exact_match,{name}"]
+        assert (ours.score if score == "correct" else ours.metrics[score]) == found["results"]["gsm8k"][f"exact_match,{name}"]

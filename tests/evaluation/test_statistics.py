@@ -1,7 +1,22 @@
+import itertools
+import math
+
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from bonetune.evaluation import Proportion, most_frequent, sign_test
+from bonetune.evaluation.statistics import (
+    bootstrap,
+    holm,
+    student_quantile,
+    student_tail,
+    t_interval,
+    t_test,
+    two_level_bootstrap,
+)
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 10), (3, 10), (10, 10), (1, 1), (412, 1319)])
@@ -24,3 +39,102 @@ def test_most_frequent_answer():
 
 def test_a_proportion_reads_as_percent_with_its_interval():
     assert str(Proportion(1, 2)) == "50.0% [9.5, 90.5]"
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 10, 29, 200])
+@pytest.mark.parametrize("t", [0, 0.1, 1, -2.5, 12, 300])
+def test_students_tail_is_scipys(t, freedom):
+    assert student_tail(t, freedom) == pytest.approx(2 * stats.t.sf(abs(t), freedom), rel=1e-9, abs=1e-14)
+
+
+@pytest.mark.parametrize("outside", [0.5, 0.05, 0.001])
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30, 501])
+def test_students_quantile_is_scipys(freedom, outside):
+    assert student_quantile(freedom, outside) == pytest.approx(stats.t.isf(outside / 2, freedom), rel=1e-9)
+
+
+@given(st.lists(st.floats(-1e3, 1e3).map(lambda value: round(value, 6)), min_size=2, max_size=8))
+def test_the_t_interval_and_test_are_scipys(values):
+    interval, p = t_interval(values), t_test(values)
+    if np.ptp(values) <= 1e-9 * np.max(np.abs(values)):
+        assert interval is None
+        assert p == (1 if not any(values) else None)
+        return
+    expected = stats.ttest_1samp(values, 0)
+    assert interval == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-6, abs=1e-9)
+    assert p == pytest.approx(expected.pvalue, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [0.5, 0.5, 0.5], [0.1 + 0.2, 0.3], [1.0, math.nan], [1.0, math.inf, 2.0]])
+def test_what_has_no_spread_has_no_interval(values):
+    assert t_interval(values) is None
+    assert t_test(values) is None
+
+
+def test_tiny_numbers_have_a_spread_too():
+    assert t_test([0.0, 4e-243]) == pytest.approx(t_test([0.0, 4.0]))
+    assert t_interval([1e-200, 3e-200]) == pytest.approx([1e-200 * end for end in t_interval([1.0, 3.0])])
+
+
+def test_the_t_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    intervals = [t_interval(rng.normal(3, 2, size=3).tolist()) for _ in range(2000)]
+    covered = sum(low <= 3 <= high for low, high in intervals)
+    assert stats.binomtest(covered, 2000, 0.95).pvalue > 1e-3
+
+
+@given(st.lists(st.floats(0, 1), max_size=7))
+def test_holm_rejects_what_its_steps_do(p_values):
+    adjusted = holm(dict(enumerate(p_values)))
+    assert list(adjusted) == list(range(len(p_values)))
+    for level in (0.01, 0.05, 0.3, *p_values):
+        rejected, left = set(), set(range(len(p_values)))
+        while left:  # Holm's own words: the smallest of those left against level / (their number)
+            smallest = min(left, key=p_values.__getitem__)
+            if p_values[smallest] * len(left) > level:
+                break
+            rejected.add(smallest)
+            left.remove(smallest)
+        assert {i for i, p in adjusted.items() if p <= level} == (rejected if level < 1 else set(range(len(p_values))))
+
+
+def test_holm_bounds_any_false_rejection():
+    rng = np.random.default_rng(1)
+    false = sum(min(holm(dict(enumerate(rng.uniform(size=6)))).values()) <= 0.05 for _ in range(4000))
+    assert stats.binomtest(false, 4000, 0.05, alternative="greater").pvalue > 1e-3
+
+
+def test_the_bootstrap_is_scipys():
+    values = np.random.default_rng(2).normal(size=40)
+    expected = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(3))
+    found = bootstrap(values.tolist(), resamples=20_000)
+    assert found == pytest.approx(tuple(expected.confidence_interval), abs=0.02)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_two_level_bootstrap_is_that_of_all_draws(weighted):
+    """Two groups of two items have few enough draws to go through all."""
+    weights = [[1, 3], [2, 1]] if weighted else [[1, 1], [1, 1]]
+    groups = [(np.array(v, float), np.array(w, float)) for v, w in zip([[0, 1], [2, 5]], weights, strict=True)]
+    pairs = list(itertools.product(range(2), repeat=2))
+    scores = [[values[list(p)].sum() / weights[list(p)].sum() for p in pairs] for values, weights in groups]
+    means = [
+        (scores[a][i] + scores[b][j]) / 2 for a, b in pairs for i, j in itertools.product(range(4), repeat=2)
+    ]  # each draw is as likely as another
+    low, high = np.quantile(means, (0.025, 0.975), method="inverted_cdf")
+    assert two_level_bootstrap(groups) == pytest.approx((low, high))
+
+
+def test_many_distinct_items_and_few_are_drawn_alike():
+    rng = np.random.default_rng(4)
+    few = [((rng.uniform(size=200) < p) * 1.0, np.ones(200)) for p in (0.4, 0.5, 0.6)]
+    many = [(values + rng.normal(0, 1e-9, 200), weights) for values, weights in few]
+    assert two_level_bootstrap(few) == pytest.approx(two_level_bootstrap(many), abs=0.01)
+    assert two_level_bootstrap(many) == two_level_bootstrap(many)
+
+
+def test_the_two_level_bootstrap_sees_the_groups_spread():
+    groups = [(np.full(50, value), np.ones(50)) for value in (-1.0, 0.0, 1.0)]
+    low, high = two_level_bootstrap(groups)
+    assert low < -0.5
+    assert high > 0.5

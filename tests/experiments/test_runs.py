@@ -14,7 +14,7 @@ from bonetune.experiments.matching import sized
 from bonetune.experiments.outcome import Outcome, Trial, read_outcome
 from bonetune.experiments.scaling import Update
 from bonetune.experiments.settings import METHODS, load_comparison
-from bonetune.experiments.trial import folder_of, perform
+from bonetune.experiments.trial import folder_of, run_trial
 from bonetune.models import load_model
 from bonetune.training import train
 
@@ -117,7 +117,7 @@ def test_killed_between_any_runs_it_goes_on_to_the_same_outcomes(settings, alive
 
 def test_a_run_killed_inside_is_made_to_the_same_outcome(settings, monkeypatch):
     comparison, trial = load_comparison(settings), Trial("bone", 2e-3, 1)
-    expected = perform(comparison, trial, 8, counts=True)
+    expected = run_trial(comparison, trial, 8, counts=True)
     (folder_of(comparison, trial) / "outcome.json").unlink()
 
     def killed(*args, **kwargs):
@@ -127,10 +127,10 @@ def test_a_run_killed_inside_is_made_to_the_same_outcome(settings, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("bonetune.experiments.trial._examined", killed)
         with pytest.raises(Killed):
-            perform(comparison, trial, 8, counts=True)
+            run_trial(comparison, trial, 8, counts=True)
     with monkeypatch.context() as patched:
         patched.setattr("bonetune.experiments.trial.train", killed)
-        again = perform(comparison, trial, 8, counts=True)
+        again = run_trial(comparison, trial, 8, counts=True)
     assert again.results == expected.results
     assert read_outcome(folder_of(comparison, trial)) == again
 
@@ -138,7 +138,7 @@ def test_a_run_killed_inside_is_made_to_the_same_outcome(settings, monkeypatch):
 def test_a_run_that_falls_apart_is_an_outcome(settings):
     comparison = load_comparison(settings)
     trial = Trial("lora", 1e30, 1)
-    outcome = perform(comparison, trial, 2, counts=False)
+    outcome = run_trial(comparison, trial, 2, counts=False)
     assert "is" in outcome.failure
     assert "nan" in outcome.failure or "inf" in outcome.failure or "finite" in outcome.failure
     assert read_outcome(folder_of(comparison, trial)) == outcome
@@ -230,3 +230,25 @@ def test_an_outcome_is_read_back(tmp_path):
     (tmp_path / "outcome.json").write_text('{"trial": 1}')
     with pytest.raises(InputError, match="is no record of a run"):
         read_outcome(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["bone", "lora", "dora", "full"])
+def test_a_classifiers_head_stays_while_its_update_is_scaled(method, settings, rows):
+    labelled = [{"text": f"{a} {b}", "label": ("even", "odd")[n % 2]} for n, a in enumerate(WORDS) for b in WORDS]
+    (rows / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    settings["train"] |= {"task_type": "SEQ_CLS"}
+    settings["tests"] |= {"tasks": ["classification"], "max_new_tokens": None}
+    settings["validation"] |= {"tasks": ["classification"]}
+    settings["methods"] = {method: {"learning_rates": [1e-3]} | ({"r": 8} if method != "full" else {})}
+    comparison = load_comparison(settings | {"seeds": [1], "text": None, "keep_weights": True})
+    (outcome,) = make_runs(comparison, make=here).counting[method].values()
+    at = {point.scale: point.score for point in outcome.scaled}
+    assert at[1] == outcome.results["classification"].score
+    loaded = load_model(str(folder_of(comparison, outcome.trial)))
+    config = comparison.run(method, None, 1e-3, 1, rows)
+    update = Update.between(loaded, config.model_name_or_path) if method == "full" else Update.of(loaded)
+    heads = {name: p.clone() for name, p in update.loaded.model.named_parameters() if "score" in name}
+    with update.scaled(0) as scaled:
+        for name, before in heads.items():
+            assert torch.equal(dict(scaled.model.named_parameters())[name], before)
+    assert update.changed

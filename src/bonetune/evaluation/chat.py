@@ -11,14 +11,12 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
-from bonetune.data import PAPER_PROMPT, RowFormat, prompt_tokens
+from bonetune.data import RowFormat, prompt_tokens
 from bonetune.errors import InputError
-from bonetune.evaluation.trained_with import TrainedWith
+from bonetune.evaluation.trained_with import QUESTION_FIELDS, question_template
 from bonetune.models import Loaded, decode, load_model
 
 Message = dict[str, str]
-# A question is an instruction without input, whether or not the template has a place for one.
-_FIELDS = ("instruction", "input", "output")
 
 
 class Chat:
@@ -70,14 +68,14 @@ class Chat:
         if not math.isfinite(temperature) or temperature < 0:
             raise InputError(f"temperature should be 0 (the most probable token) or above, got {temperature}.")
         if prompt_template is not None:
-            RowFormat("alpaca", _FIELDS, prompt_template)
+            RowFormat("alpaca", QUESTION_FIELDS, prompt_template)
         self.loaded = load_model(model, dtype, base, trust_remote_code=trust_remote_code) if isinstance(model, str) else model
         if self.loaded.task_type != "CAUSAL_LM":
             name = self.loaded.adapter or self.loaded.base
             raise InputError(f"{name} is of the task {self.loaded.task_type}: only a model that writes on can be talked with.")
         if not adapter and not hasattr(self.loaded.model, "disable_adapter"):
             raise InputError(f"{self.loaded.base} is a model without an adapter: there is nothing to compare it with.")
-        self.prompt_template = prompt_template or _prompt_template(self.loaded)
+        self.prompt_template = prompt_template or question_template(self.loaded)
         if system is not None and self.prompt_template is not None:
             raise InputError(
                 "A system message needs the tokenizer's chat template, and questions are put by a prompt template."
@@ -121,7 +119,7 @@ class Chat:
         if not question.strip():
             raise InputError("An empty question.")
         if self.prompt_template is not None:
-            row_format = RowFormat("alpaca", _FIELDS, self.prompt_template)
+            row_format = RowFormat("alpaca", QUESTION_FIELDS, self.prompt_template)
             row = {"instruction": question, "output": ""}
         else:
             row_format = RowFormat("messages", ("messages",))
@@ -204,15 +202,3 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.asked.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-def _prompt_template(loaded: Loaded) -> str | None:
-    """The template that questions are put into; None where the tokenizer's chat template does it."""
-    run = TrainedWith.of(loaded.adapter)
-    if run.kind == "prompt-completion" and not run.conversational:
-        return "{instruction}"
-    # an adapter trained on instructions has learned its run's prompt, not the chat template
-    instructed = run.kind in ("instruction", "alpaca") or (run.kind == "auto" and len(run.fields or ()) == 2)
-    if loaded.tokenizer.chat_template and not instructed:
-        return None
-    return run.settings.get("prompt_template") or PAPER_PROMPT

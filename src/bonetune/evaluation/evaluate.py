@@ -58,7 +58,8 @@ def evaluate(
         data: a file of rows or a data set of the hub, for all tasks or by task; None takes the protocol's own from the hub.
         limit: score the first so many rows.
         output_dir: where to write `TASK.jsonl` (records), `TASK.json` (score and settings) and `scores.json`.
-        resume: go on with what is in `output_dir`, item by item; scores are those of an evaluation that was not interrupted.
+        resume: go on with what is in `output_dir`: generated answers batch by batch, other tasks one by one. Scores are those
+            of an evaluation that was not interrupted.
         overwrite: replace what is in `output_dir`.
         base: the adapter's base model, if it is not where the adapter says; for `forgetting`, the base of a model that has no
             adapter.
@@ -84,6 +85,8 @@ def evaluate(
     Example:
         >>> bonetune.evaluate("runs/first", ["gsm8k:strict"], data="gsm8k/test.jsonl", output_dir="scores")
     """
+    for name in tasks:
+        _task(name)  # a name that is none is told of before the model is looked for
     if output_dir is not None:
         usable_folder(Path(output_dir), "output_dir")
     adapted = isinstance(model, str) and (Path(model) / ADAPTER_CONFIG).is_file()

@@ -21,11 +21,11 @@ from typing import Any
 from bonetune.data import RowFormat, read_rows
 from bonetune.data.conversation import render
 from bonetune.errors import InputError, first_line
-from bonetune.evaluation.chat import _FIELDS, _prompt_template
 from bonetune.evaluation.ledger import Ledger
 from bonetune.evaluation.result import Record, TaskResult
 from bonetune.evaluation.statistics import bootstrap
 from bonetune.evaluation.task import Judge, Prepared, Request, Task, digest
+from bonetune.evaluation.trained_with import QUESTION_FIELDS, question_template
 from bonetune.models import Loaded, generate_batches, input_tokens
 
 SOURCE, SPLIT = "HuggingFaceH4/mt_bench_prompts", "train"
@@ -134,12 +134,12 @@ def prepare(request: Request) -> Prepared:
         raise InputError(f"The judge's URL {judge.url!r} is none of http or https: write http://localhost:8000/v1.")
     _key(judge)
     if request.prompt_template is not None:
-        RowFormat("alpaca", _FIELDS, request.prompt_template)
+        RowFormat("alpaca", QUESTION_FIELDS, request.prompt_template)
     questions, whose = _questions(request, judge)
     most = request.max_new_tokens or NEW_TOKENS
 
     def run(loaded: Loaded, ledger: Ledger) -> TaskResult:
-        template = request.prompt_template or _prompt_template(loaded)
+        template = request.prompt_template or question_template(loaded)
         for turn in (0, 1):
             _answer(loaded, questions, turn, template, most, request.batch_size, ledger)
         _grade(judge, questions, ledger)
@@ -262,7 +262,7 @@ def _prompt(loaded: Loaded, questions: Sequence[str], answers: Sequence[str], te
         for answer, question in zip(answers, questions[1:], strict=True):
             messages += [{"role": "assistant", "content": answer.strip()}, {"role": "user", "content": question}]
         return render(messages, loaded.tokenizer, add_generation_prompt=True)
-    row_format = RowFormat("alpaca", _FIELDS, template)
+    row_format = RowFormat("alpaca", QUESTION_FIELDS, template)
     rows = [{"instruction": question, "output": ""} for question in questions]
     put = [row_format.question_and_answer(row, loaded.tokenizer)[0] for row in rows]
     return "".join(f"{before}{answer.rstrip()}\n\n" for before, answer in zip(put[:-1], answers, strict=True)) + put[-1]

@@ -1,14 +1,22 @@
-"""How sure one can be of a score."""
+"""How sure one can be of a score, and of the difference of two."""
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
 
 import numpy as np
 
 Z_95 = 1.959963984540054
 RESAMPLES = 10_000
+# Values that differ by less than this part of their size differ by rounding.
+_ALIKE = 1e-9
+# Items with at most so many distinct values are drawn by how often each value comes.
+_DISTINCT = 32
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -91,43 +99,91 @@ def two_level_bootstrap(
     total = np.zeros(resamples)
     for _ in groups:
         drawn = rng.integers(len(groups), size=resamples)
-        for index, (values, weights) in enumerate(groups):
-            for here in np.array_split(np.flatnonzero(drawn == index), 1 + resamples // 100):
-                items = rng.integers(len(values), size=(len(here), len(values)))
-                total[here] += values[items].sum(1) / weights[items].sum(1)
+        for number, (values, weights) in enumerate(groups):
+            here = drawn == number
+            total[here] += _ratios(values, weights, int(here.sum()), rng)
     low, high = np.quantile(total / len(groups), (0.025, 0.975))
     return float(low), float(high)
 
 
+def _ratios(values: np.ndarray, weights: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """(resamples,): sum(values) / sum(weights) of as many items as there are, drawn with replacement."""
+    count = len(values)
+    distinct, often = np.unique(np.stack([values, weights]), axis=1, return_counts=True)
+    if len(often) <= _DISTINCT:
+        sums = distinct @ rng.multinomial(count, often / count, size=resamples).T
+        return sums[0] / sums[1]
+    found = np.empty(resamples)
+    for start in range(0, resamples, 100):
+        part = found[start : start + 100]
+        drawn = rng.integers(count, size=(len(part), count))
+        part[:] = values[drawn].sum(1) / weights[drawn].sum(1)
+    return found
+
+
+def student_tail(t: float, freedom: int) -> float:
+    """P(|T| > |t|) of Student's t with whole degrees of freedom: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle, odd = math.atan2(abs(t), math.sqrt(freedom)), freedom % 2
+    sine, cosine = math.sin(angle), math.cos(angle)
+    total, term = 0.0, cosine**odd
+    for power in range(odd, freedom - 1, 2):
+        total += term
+        term *= (power + 1) / (power + 2) * cosine**2
+    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return max(0.0, 1.0 - inside)
+
+
+@cache
+def student_quantile(freedom: int, outside: float = 0.05) -> float:
+    """The t with P(|T| > t) = `outside`, by bisection."""
+    low, high = 0.0, 1.0
+    while student_tail(high, freedom) > outside:
+        high *= 2
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if student_tail(middle, freedom) > outside else (low, middle)
+    return high
+
+
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Student's interval of 95% for the mean; None if a value is not finite or there is no spread to judge by."""
-    from scipy import stats
-
-    n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
-    if n < 2 or not math.isfinite(mean) or min(values) == max(values):
+    error = _standard_error(values)
+    if error is None:
         return None
-    half = float(stats.t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    mean, half = float(np.mean(values)), student_quantile(len(values) - 1) * error
     return mean - half, mean + half
 
 
-def t_test(values: Sequence[float]) -> float | None:
-    """Two-sided probability that differences like these come of a mean of 0 (Student's paired test); None as `t_interval`."""
-    from scipy import stats
+def t_test(differences: Sequence[float]) -> float | None:
+    """Two-sided probability that differences like these come of a mean of 0 (Student's paired test); None as `t_interval`.
 
-    if t_interval(values) is None:
-        return None
-    n = len(values)
-    t = float(np.mean(values)) / (float(np.std(values, ddof=1)) / math.sqrt(n))
-    return float(2 * stats.t.sf(abs(t), n - 1))
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Probabilities adjusted for their number by Holm's step-down rule (1979): the share of false finds of any stays below 5%.
-
-    The i-th smallest of m becomes max over j <= i of min(1, (m - j + 1) p_(j)).
+    Differences that are all 0 are as near to it as can be: 1.
     """
-    adjusted, largest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+    if len(differences) > 1 and not any(differences):
+        return 1.0
+    error = _standard_error(differences)
+    return None if error is None else student_tail(float(np.mean(differences)) / error, len(differences) - 1)
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None if it cannot be told."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    size = max(map(abs, values))
+    if max(values) - min(values) <= _ALIKE * size:
+        return None
+    # in units of their size: squares of tiny numbers are 0
+    return size * float(np.std(np.asarray(values) / size, ddof=1)) / math.sqrt(len(values))
+
+
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
+    """Probabilities adjusted for their number by Holm's step-down rule (1979).
+
+    The i-th smallest of m becomes max over j <= i of min(1, (m - j + 1) p_(j)). Rejecting those up to 5% holds the chance of
+    any false rejection among them to 5%.
+    """
+    adjusted: dict[Name, float] = {}
+    largest = 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
         adjusted[name] = largest
     return {name: adjusted[name] for name in p_values}

@@ -5,9 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bonetune.data import PAPER_PROMPT
 from bonetune.data.formats import Kind, RowFormat, TaskName
 from bonetune.errors import InputError
 from bonetune.files import SUMMARY_FILE, read_run
+from bonetune.models import Loaded
+
+# A question is an instruction without input, whether or not the template has a place for one.
+QUESTION_FIELDS = ("instruction", "input", "output")
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,15 @@ class TrainedWith:
             return RowFormat.detect(row, self.fields, kind=self.kind, **told)
         except InputError:  # other data than the run's
             return RowFormat.detect(row, **told)
+
+
+def question_template(loaded: Loaded) -> str | None:
+    """The template that questions to a model are put into; None where the tokenizer's chat template does it."""
+    run = TrainedWith.of(loaded.adapter)
+    if run.kind == "prompt-completion" and not run.conversational:
+        return "{instruction}"
+    # an adapter trained on instructions has learned its run's prompt, not the chat template
+    instructed = run.kind in ("instruction", "alpaca") or (run.kind == "auto" and len(run.fields or ()) == 2)
+    if loaded.tokenizer.chat_template and not instructed:
+        return None
+    return run.settings.get("prompt_template") or PAPER_PROMPT

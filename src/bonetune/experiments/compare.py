@@ -2,22 +2,28 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bonetune.errors import InputError, RunError
 from bonetune.evaluation.evaluate import prepare
 from bonetune.evaluation.trained_with import TrainedWith
 from bonetune.experiments.engines import Engine, Job, engine
+from bonetune.experiments.findings import Analysis, Question
 from bonetune.experiments.matching import Sized, reference_of, sized
-from bonetune.experiments.outcome import Outcome, Trial
+from bonetune.experiments.outcome import Outcome, Trial, read_curve
+from bonetune.experiments.page import REPORT_FILE
+from bonetune.experiments.report import write_report
 from bonetune.experiments.settings import Comparison, load_comparison
+from bonetune.experiments.tables import RESULTS_FILE
 from bonetune.experiments.trial import RUNS, folder_of, known_outcome, perform
 from bonetune.files import usable_folder, write_text
 from bonetune.training import plan
+from bonetune.training.config import RunConfig
 
-SETTINGS_FILE, REPORT_FILE, RESULTS_FILE = "comparison.yaml", "report.html", "results.json"
+SETTINGS_FILE = "comparison.yaml"
 
 
 @dataclass(frozen=True)
@@ -206,8 +212,110 @@ class _Progress:
             self.on_run(Progress(outcome, counts, self.done, self.known))
 
 
+@dataclass(frozen=True)
+class ComparisonResult:
+    """What a comparison left.
+
+    Args:
+        analysis: what the runs show.
+        report: the page that says it, which needs nothing but itself.
+        results_file: the same as JSON; runs.csv and curves.csv lie beside it.
+    """
+
+    analysis: Analysis
+    report: Path
+    results_file: Path
+
+
+def compare(
+    config: Comparison | str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | list[str] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_run: Callable[[Progress], None] | None = None,
+) -> ComparisonResult:
+    """Compare fine-tuning methods: each at its own best learning rate, with several seeds, by paired statistics.
+
+    First, with one seed, each method's rate is chosen on the validation data; a grid grows while its best rate is its first or
+    last. Then the runs that count are made with the other seeds and examined by the tests. Each run is made in a process of its
+    own, loads what it has saved, and is one folder under `output_dir`; what is there is not made again.
+
+    Args:
+        config: settings, or the YAML or TOML file that holds them.
+        overrides: settings that win over the file's: `train.max_steps=10`.
+        resume: go on with the comparison in `output_dir`; methods and seeds may have been added.
+        overwrite: replace the comparison in `output_dir`.
+        on_run: called after each run.
+
+    Raises:
+        InputError: settings, data or model that cannot be used, or an `output_dir` that holds another comparison.
+        RunError: a run's process was ended from outside; what is done is kept.
+
+    Example:
+        >>> result = bonetune.compare("comparison.yaml")
+        >>> print(*result.analysis.summary, sep="\n")
+    """
+    comparison = load_comparison(config, overrides)
+    with claimed(comparison, resume=resume, overwrite=overwrite) as folder:
+        runs = make_runs(comparison, on_run=on_run)
+        curves = {
+            name: {seed: read_curve(folder_of(comparison, outcome.trial)) for seed, outcome in made.items()}
+            for name, made in runs.counting.items()
+        }
+        analysis = write_report(folder, _question(runs), runs.sweeps, runs.rates, runs.counting, curves)
+    return ComparisonResult(analysis, folder / REPORT_FILE, folder / RESULTS_FILE)
+
+
+def _question(runs: Runs) -> Question:
+    comparison = runs.comparison
+    configs = {
+        name: comparison.run(name, size.r, runs.rates.get(name, 1e-4), comparison.sweep_seed, Path())
+        for name, size in runs.sizes.items()
+    }
+    return Question(
+        title=comparison.title,
+        methods={name: config.method_in_words for name, config in configs.items()},
+        references=comparison.references,
+        seeds=comparison.seeds,
+        sweep_seed=comparison.sweep_seed,
+        matched_to=runs.reference,
+        rate_of={name: method.rate_of for name, method in comparison.methods.items() if method.rate_of is not None},
+        description=comparison.description,
+        facts=_facts(comparison, next(iter(configs.values()))),
+        settings=comparison.to_yaml(),
+        command=f"bonetune compare {SETTINGS_FILE}",
+    )
+
+
+def _facts(comparison: Comparison, config: RunConfig) -> list[tuple[str, str]]:
+    """What a reader wants to know before the numbers: model, data, length of a run, tests."""
+    epochs = f"{config.num_train_epochs:g} epoch{'s' * (config.num_train_epochs != 1)}"
+    length = f"{config.max_steps} steps" if config.max_steps is not None else epochs
+    examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    names = (config.dataset_name,) if isinstance(config.dataset_name, str) else config.dataset_name
+    return [
+        ("model", Path(config.model_name_or_path).name),
+        ("trained on", ", ".join(names)),
+        ("a run", f"{length} of {examples} examples a device, in {config.dtype}"),
+        ("rates chosen by", f"{comparison.validation.tasks[0]} on {comparison.validation.data or 'its own data'}"),
+        ("tests", ", ".join(test.called(task) for test in comparison.tests for task in test.tasks)),
+    ]
+
+
 # What may differ when a comparison goes on: what it is called and compared with, which methods and seeds there are besides.
-_MAY_CHANGE = {"title", "methods", "against", "seeds", "most_rates", "keep_weights", "engine", "parallel", "resources"}
+_MAY_CHANGE = {
+    "title",
+    "description",
+    "methods",
+    "against",
+    "seeds",
+    "most_rates",
+    "keep_weights",
+    "engine",
+    "parallel",
+    "resources",
+}
 
 
 @contextlib.contextmanager

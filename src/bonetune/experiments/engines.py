@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -31,10 +30,7 @@ def engine(comparison: Comparison) -> Iterator[Engine]:
 @contextmanager
 def _processes(comparison: Comparison) -> Iterator[Engine]:
     # a new process for each run: what it holds is its own, and goes with it
-    spawning = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        comparison.parallel, spawning, initializer=_end_with, initargs=(os.getpid(),), max_tasks_per_child=1
-    )
+    pool = ProcessPoolExecutor(comparison.parallel, _starting(), initializer=_end_with_parent, max_tasks_per_child=1)
 
     def made(jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
         running: dict[Future[Any], int] = {pool.submit(f, *args, **kwargs): n for n, (f, args, kwargs) in enumerate(jobs)}
@@ -53,12 +49,22 @@ def _processes(comparison: Comparison) -> Iterator[Engine]:
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with(parent: int) -> None:
-    """End this process once its parent is gone, however that ended: the command that goes on would find it at work."""
+def _starting() -> Any:
+    """How processes are started: forked from one that has imported everything and done nothing, where that can be."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["bonetune.experiments.trial"])
+    return server
+
+
+def _end_with_parent() -> None:
+    """End this process once the one that started it is gone, however that ended: what goes on would find it at work."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,7 +1,6 @@
 """A run of a comparison, and what came of it: one file a run, which is there once the run is done."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,8 +132,3 @@ def read_curve(folder: Path) -> list[dict[str, Any]]:
     """The training steps' lines of a trial's metrics.jsonl: step, tokens, seconds, loss, grad_norm and more, by name."""
     file = folder / METRICS_FILE
     return [line for line in read_json_lines(file) if "loss" in line] if file.is_file() else []
-
-
-def learned(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Those whose training came to a finite end."""
-    return [outcome for outcome in outcomes if outcome.failure is None]

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from bonetune.models import Loaded, load_base
+from bonetune.models import CLASSIFIERS_HEADS, Loaded, load_base
 
 # Adapters whose update is linear in some of their tensors, which are 0 without an update: those tensors' names.
 _LINEAR_IN = {"BONE": ("bone_",), "LORA": ("lora_B", "lora_embedding_B"), "MISS": ("miss_",)}
@@ -32,19 +32,24 @@ class Update:
     def of(cls, loaded: Loaded) -> "Update":
         """The update of an adapted model.
 
-        An adapter that is linear in its tensors stays as it is. Another one is merged into its base, in the base's dtype.
+        An adapter that is linear in its tensors stays as it is. Another one is merged into its base, in the base's dtype. A
+        classifier's head has no state without training, and stays as trained.
         """
-        return cls(loaded, _in_the_adapter(loaded) or []) if _in_the_adapter(loaded) else cls.between(merged(loaded))
+        changed = _in_the_adapter(loaded)
+        return cls.between(merged(loaded)) if changed is None else cls(loaded, changed)
 
     @classmethod
     def between(cls, loaded: Loaded, base: str | None = None) -> "Update":
         """The difference of a model to its base; what the base does not have stays as it is."""
-        before = load_base(base or loaded.base, str(loaded.model.dtype).removeprefix("torch.")).model.state_dict()
+        dtype, labels = str(loaded.model.dtype).removeprefix("torch."), getattr(loaded.model.config, "num_labels", 0)
+        classes = [str(n) for n in range(labels)] if loaded.task_type == "SEQ_CLS" else None
+        before = load_base(base or loaded.base, dtype, task_type=loaded.task_type, classes=classes).model.state_dict()
         live = loaded.model.state_dict()
         changed = [
             (tensor, tensor.clone(), before[name].to(tensor.device))
             for name, tensor in live.items()
-            if name in before and tensor.is_floating_point() and not torch.equal(tensor, before[name].to(tensor.device))
+            if name in before and tensor.is_floating_point() and not _is_head(name, loaded)
+            if not torch.equal(tensor, before[name].to(tensor.device))
         ]
         return cls(loaded, changed)
 
@@ -66,6 +71,10 @@ def merged(loaded: Loaded) -> Loaded:
     return Loaded(loaded.model.merge_and_unload(), loaded.tokenizer, loaded.base, None, loaded.task_type)
 
 
+def _is_head(name: str, loaded: Loaded) -> bool:
+    return loaded.task_type == "SEQ_CLS" and any(part in CLASSIFIERS_HEADS for part in name.split("."))
+
+
 def _in_the_adapter(loaded: Loaded) -> list[tuple[Tensor, Tensor, Tensor | None]] | None:
     """The tensors that the update is linear in; None if it is not, or if there is more to it than those."""
     config: Any = loaded.model.peft_config[loaded.model.active_adapter]
@@ -74,7 +83,8 @@ def _in_the_adapter(loaded: Loaded) -> list[tuple[Tensor, Tensor, Tensor | None]
         return None
     names = list(get_peft_model_state_dict(loaded.model))
     linear = [name for name in names if any(part in name for part in _LINEAR_IN[kind])]
-    if not all(name in linear or any(part in name for part in _BESIDE[kind]) for name in names):
+    rest = [name for name in names if name not in linear and not any(part in name for part in _BESIDE[kind])]
+    if not all(_is_head(name, loaded) for name in rest):
         return None
     live = dict(loaded.model.named_parameters())
     adapter = loaded.model.active_adapter

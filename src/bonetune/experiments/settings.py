@@ -43,8 +43,10 @@ class Examination(BaseModel, frozen=True, extra="forbid"):
     dataset_format: str | None = Field(default=None, description="how rows are read; None: as in training")
     dataset_field: tuple[str, ...] | None = Field(default=None, description="names of the fields; None: as in training")
     few_shot: str | None = Field(default=None, description="from where examples are shown")
+    prompt_template: str | None = Field(default=None, description="with {instruction} in it; None: the task's")
     batch_size: PositiveInt = Field(default=32, description="rows at a time")
     max_new_tokens: PositiveInt | None = Field(default=None, description="longest answer; None: the protocol's")
+    unsafe_code: bool = Field(default=False, description="run programs a model writes even where nothing holds them")
 
     def arguments(self) -> dict[str, Any]:
         """As `bonetune.evaluate` takes them."""
@@ -80,6 +82,7 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
 
     output_dir: str = Field(description="folder of the comparison")
     title: str = Field(default="", description="what the report is called")
+    description: str = Field(default="", description="what is compared on what, for the report")
     train: dict[str, Any] = Field(description="settings of `bonetune train` that all runs share")
     methods: dict[str, Method] = Field(min_length=1, description=f"by name; the names known are {', '.join(METHODS)}")
     match: str | None = Field(
@@ -208,6 +211,7 @@ def load_comparison(
 
 
 def _lay_over(content: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    """`value` in the place of one entry; `tests.0` is the first test."""
     first, *rest = path
     if not rest:
         content[first] = value
@@ -215,8 +219,12 @@ def _lay_over(content: dict[str, Any], path: list[str], value: Any, key: str) ->
     inner = content.get(first)
     if first == "methods" and isinstance(inner, list):
         inner = {name: {} for name in inner}
+    if isinstance(inner, list) and len(rest) > 1 and rest[0].isdecimal() and int(rest[0]) < len(inner):
+        content[first] = [dict(entry) if isinstance(entry, dict) else entry for entry in inner]
+        _lay_over(content[first][int(rest[0])], rest[1:], value, key)
+        return
     if inner is not None and not isinstance(inner, dict):
-        raise InputError(f"{key}: {first} is {inner!r:.60}, which has no entries.")
+        raise InputError(f"{key}: {first} is {inner!r:.60}, which has no such entry.")
     content[first] = dict(inner or {})
     _lay_over(content[first], rest, value, key)
 

@@ -1,9 +1,13 @@
 """One run of a comparison, from its settings to its outcome: train, load what was saved, examine it."""
 
 import math
+import os
 import shutil
 import statistics
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from bonetune.experiments.settings import Comparison, Examination
 from bonetune.files import read_config
 from bonetune.models import Loaded, load_model
 from bonetune.training import train
+from bonetune.training.baselines import INITIAL_FOLDER
 from bonetune.training.checkpoints import checkpoints
 from bonetune.training.config import RunConfig
 from bonetune.training.folder import SUMMARY_FILE, finished, trained_files
@@ -56,7 +61,34 @@ def known_outcome(comparison: Comparison, trial: Trial, r: int | None, *, counts
     return outcome
 
 
+@contextmanager
+def _output_to(file: Path) -> Iterator[None]:
+    """What this process writes to its standard output and error goes into a file while it is open."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with file.open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, number)
+            os.close(before)
+
+
 def perform(comparison: Comparison, trial: Trial, r: int | None, *, counts: bool) -> Outcome:
+    """`run_trial`, with what libraries say of it in a file beside its folder."""
+    folder = folder_of(comparison, trial)
+    with _output_to(folder.with_name(f"{folder.name}.log")):
+        return run_trial(comparison, trial, r, counts=counts)
+
+
+def run_trial(comparison: Comparison, trial: Trial, r: int | None, *, counts: bool) -> Outcome:
     """Make a run and examine it; its outcome is written last. A run that was killed goes on from its last checkpoint.
 
     Raises `InputError` or `RunError`, as `train` and `evaluate` do; a loss that is no longer finite is an outcome.
@@ -159,5 +191,5 @@ def _scores(examination: Examination, loaded: Loaded, base: str | None = None) -
 def _discard_weights(folder: Path) -> None:
     for file in trained_files(folder):
         file.unlink(missing_ok=True)
-    for checkpoint in checkpoints(folder):
-        shutil.rmtree(checkpoint)
+    for place in (*checkpoints(folder), folder / INITIAL_FOLDER):
+        shutil.rmtree(place, ignore_errors=True)

@@ -6,6 +6,7 @@ from bonetune.models.greedy import decode, end_tokens, greedy
 from bonetune.models.packed_attention import packed_attention, packing_obstacle
 from bonetune.models.resolve import (
     AUTO_CLASSES,
+    CLASSIFIERS_HEADS,
     Loaded,
     check_trust,
     load_base,
@@ -19,6 +20,7 @@ from bonetune.models.smollm import smollm2
 
 __all__ = [
     "AUTO_CLASSES",
+    "CLASSIFIERS_HEADS",
     "Loaded",
     "check_trust",
     "compiled_layers",

@@ -17,7 +17,7 @@ from bonetune.rwkv.weights import is_pth
 ADAPTER_CONFIG, _TOKENIZER_CONFIG = "adapter_config.json", "tokenizer_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # As PEFT knows them, which trains them whole.
-_CLASSIFIERS_HEADS: tuple[str, ...] = ("classifier", "score")
+CLASSIFIERS_HEADS: tuple[str, ...] = ("classifier", "score")
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -132,7 +132,7 @@ def load_base(
     tokenizer = tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "trust_remote_code": trust_remote_code}
     if quantization is not None:
-        heads = [*_CLASSIFIERS_HEADS] if task_type == "SEQ_CLS" else None
+        heads = [*CLASSIFIERS_HEADS] if task_type == "SEQ_CLS" else None
         options["quantization_config"] = quantization_config(quantization, dtype, double_quantization, heads)
     if is_pth(name):
         options.pop("trust_remote_code")

@@ -1,0 +1,306 @@
+"""What the runs of a comparison show, and what they do not: pure functions from outcomes to numbers."""
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from bonetune.evaluation.result import TaskResult
+from bonetune.evaluation.statistics import holm, sign_test, t_interval, t_test, two_level_bootstrap
+from bonetune.experiments.findings import (
+    BETTER,
+    BROKEN,
+    FORGETTING,
+    NONE_FOUND,
+    TOO_FEW,
+    WORSE,
+    Analysis,
+    Difference,
+    Environment,
+    Kept,
+    Kind,
+    MethodResult,
+    Question,
+    Spread,
+    Summary,
+    Test,
+    Tried,
+)
+from bonetune.experiments.outcome import Outcome
+from bonetune.experiments.sentences import remarks, summary
+
+LEVEL = 0.05
+FEWEST_SEEDS = 3
+# Differences smaller than this are rounding: scores are computed from the same items in the same way.
+_NOUGHT = 1e-12
+
+Sweeps = Mapping[str, Mapping[float, Outcome]]
+Counting = Mapping[str, Mapping[int, Outcome]]
+Items = tuple[np.ndarray, np.ndarray]
+
+
+def analyse(question: Question, sweeps: Sweeps, rates: Mapping[str, float], counting: Counting) -> Analysis:
+    """What the runs show.
+
+    Args:
+        question: what was asked.
+        sweeps: runs by which the rates were chosen: method, rate.
+        rates: the rates chosen.
+        counting: runs that count: method, seed.
+    """
+    methods = [
+        _method(question, name, sweeps.get(name, {}), rates.get(name), counting.get(name, {})) for name in question.methods
+    ]
+    everything = [outcome for runs in (*sweeps.values(), *counting.values()) for outcome in runs.values()]
+    tests = _tests([outcome for name in question.methods for outcome in _finite(counting.get(name, {})).values()])
+    found = Analysis(
+        question=question,
+        validation_higher_is_better=any(outcome.validation_higher_is_better for outcome in everything),
+        tests=tests,
+        methods=methods,
+        differences=[difference for test in tests for difference in _differences(question, test, counting)],
+        environment=_environment(everything),
+        runs=len(everything),
+        remarks=[],
+        summary=[],
+    )
+    return replace(found, remarks=remarks(found, _unlike(question, tests, counting)), summary=summary(found))
+
+
+def _finite(runs: Mapping[int, Outcome]) -> dict[int, Outcome]:
+    """The runs that came to a finite end, by ascending seed."""
+    return {seed: outcome for seed, outcome in sorted(runs.items()) if _failure(outcome) is None}
+
+
+def _failure(outcome: Outcome) -> str | None:
+    """Why a run does not count, if it does not."""
+    if outcome.failure is not None:
+        return outcome.failure
+    infinite = [name for name, result in outcome.results.items() if not math.isfinite(result.score)]
+    return f"its score in {infinite[0]} is not finite" if infinite else None
+
+
+def _method(
+    question: Question, name: str, sweep: Mapping[float, Outcome], rate: float | None, runs: Mapping[int, Outcome]
+) -> MethodResult:
+    done = _finite(runs)
+    outcomes = list(done.values())
+    known = next((o for o in (*outcomes, *sweep.values(), *runs.values()) if o.trainable_parameters), None)
+    tests = dict.fromkeys(test for outcome in outcomes for test in (*outcome.results, FORGETTING))
+    scores = {test: Summary.of({s: v for s, o in done.items() if (v := _score(o, test)) is not None}) for test in tests}
+    tried = [Tried(r, _number(o.validation), o.failure) for r, o in sorted(sweep.items())]
+    around = [one.learning_rate for one in tried]
+    return MethodResult(
+        name=name,
+        described=question.methods[name],
+        r=known.r if known else None,
+        trainable_parameters=known.trainable_parameters if known else None,
+        learning_rate=rate,
+        rate_of=question.rate_of.get(name),
+        sweep=tried,
+        inside=(rate is not None and around[0] < rate < around[-1]) if len(around) > 1 else None,
+        seeds=list(done),
+        failures={seed: why for seed, o in sorted(runs.items()) if (why := _failure(o)) is not None},
+        scores={test: values for test, values in scores.items() if values is not None},
+        kept=_kept(done),
+        init_seconds=Spread.of([o.init_seconds for o in outcomes]),
+        step_seconds=Spread.of([o.step_seconds for o in outcomes]),
+        train_seconds=Spread.of([o.train_seconds for o in outcomes]),
+        peak_memory_bytes=max((o.peak_memory_bytes for o in outcomes), default=None),
+        saved_bytes=max((o.saved_bytes for o in outcomes), default=None),
+    )
+
+
+def _number(value: float | None) -> float | None:
+    """A value, unless it is not finite, which JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _score(outcome: Outcome, test: str) -> float | None:
+    if test == FORGETTING and test not in outcome.results:
+        return _number(outcome.forgetting)
+    return outcome.results[test].score if test in outcome.results else None
+
+
+def _kept(done: Mapping[int, Outcome]) -> list[Kept]:
+    curve = []
+    for scale in sorted({point.scale for outcome in done.values() for point in outcome.scaled}):
+        here = {seed: (o, p) for seed, o in done.items() for p in o.scaled if p.scale == scale}
+        score = Summary.of({seed: p.score for seed, (_, p) in here.items() if math.isfinite(p.score)})
+        rises = {
+            s: p.text_loss - o.base_text_loss
+            for s, (o, p) in here.items()
+            if p.text_loss is not None and o.base_text_loss is not None
+        }
+        if score is not None:
+            curve.append(Kept(scale, score, Summary.of({seed: rise for seed, rise in rises.items() if math.isfinite(rise)})))
+    return curve
+
+
+def _tests(outcomes: Sequence[Outcome]) -> list[Test]:
+    found: dict[str, Test] = {}
+    for outcome in outcomes:
+        for name, result in outcome.results.items():
+            found.setdefault(name, Test(name, result.protocol, result.higher_is_better, _kind(result), result.items))
+    if FORGETTING not in found and any(_number(outcome.forgetting) is not None for outcome in outcomes):
+        protocol = "forgetting: loss on held-out plain text less the base model's, in nats a token"
+        found[FORGETTING] = Test(FORGETTING, protocol, higher_is_better=False, kind="rise")
+    return list(found.values())
+
+
+def _kind(result: TaskResult) -> Kind:
+    if result.task == FORGETTING:
+        return "rise"
+    if _items(result) is None:
+        return "number"
+    return "share" if "correct" in result.records[0] else "loss" if "loss" in result.records[0] else "number"
+
+
+def _items(result: TaskResult) -> Items | None:
+    """What each item adds to the score, and how much it counts; None where the score is no ratio of such sums."""
+    records = result.records
+    for name, weight in (("correct", None), ("loss", "supervised_tokens"), ("score", None)):
+        if not records or any(name not in record or (weight and weight not in record) for record in records):
+            continue
+        weights = np.array([float(record[weight]) if weight else 1.0 for record in records])
+        values = np.array([float(record[name]) for record in records]) * weights
+        if weights.sum() > 0 and math.isclose(values.sum() / weights.sum(), result.score, rel_tol=1e-6, abs_tol=1e-9):
+            return values, weights
+    return None
+
+
+def _differences(question: Question, test: Test, counting: Counting) -> list[Difference]:
+    """To each reference, of every other method that shares a seed with it.
+
+    Two references are compared once, among the differences to the first of them; those to the second take that over.
+    """
+    found: list[Difference] = []
+    for reference in dict.fromkeys(question.references):
+        mirrored = {d.reference: d for d in found if d.method == reference}
+        own = [
+            difference
+            for name in question.methods
+            if name != reference and name not in mirrored
+            if (difference := _difference(name, reference, test, counting)) is not None
+        ]
+        adjusted = holm({d.method: d.p for d in own if d.p is not None})
+        judged = {d.method: _judged(d, adjusted.get(d.method), test) for d in own}
+        judged |= {name: _mirrored(difference) for name, difference in mirrored.items()}
+        found += [judged[name] for name in question.methods if name in judged]
+    return found
+
+
+def _difference(method: str, reference: str, test: Test, counting: Counting) -> Difference | None:
+    mine, others = _finite(counting.get(method, {})), _finite(counting.get(reference, {}))
+    by_seed, groups, answers = {}, [], []
+    for seed in (seed for seed in mine if seed in others):
+        a, b = _score(mine[seed], test.name), _score(others[seed], test.name)
+        if a is None or b is None:
+            continue
+        by_seed[seed] = 0.0 if abs(a - b) <= _NOUGHT * max(abs(a), abs(b)) else a - b
+        pair = _paired(mine[seed].results.get(test.name), others[seed].results.get(test.name))
+        if pair is not None:
+            (values, weights), (other, _) = pair
+            groups.append((values - other, weights))
+            answers.append((values > 0, other > 0))
+    if not by_seed:
+        return None
+    values, counts = list(by_seed.values()), len(groups) == len(by_seed)
+    broken = any(_finite(counting[name]).keys() != counting[name].keys() for name in (method, reference))
+    only_method = only_reference = mcnemar = None
+    if counts and test.kind == "share":
+        right, other = (np.concatenate(side) for side in zip(*answers, strict=True))
+        only_method, only_reference = int((right & ~other).sum()), int((other & ~right).sum())
+        mcnemar = sign_test(other.tolist(), right.tolist())
+    decided = len(values) >= FEWEST_SEEDS and not broken
+    return Difference(
+        method=method,
+        reference=reference,
+        test=test.name,
+        by_seed=by_seed,
+        mean=statistics.fmean(values),
+        interval=t_interval(values),
+        bootstrap=two_level_bootstrap(groups) if counts and len(groups) > 1 else None,
+        p=t_test(values) if decided else None,
+        adjusted_p=None,
+        only_method=only_method,
+        only_reference=only_reference,
+        mcnemar_p=mcnemar,
+        verdict=BROKEN if broken else TOO_FEW,
+    )
+
+
+def _paired(mine: TaskResult | None, other: TaskResult | None) -> tuple[Items, Items] | None:
+    """The items of two results; None where they do not make the scores, or are not the same items."""
+    if mine is None or other is None or not _same_items(mine, other):
+        return None
+    a, b = _items(mine), _items(other)
+    return (a, b) if a is not None and b is not None and np.array_equal(a[1], b[1]) else None
+
+
+def _same_items(mine: TaskResult, other: TaskResult) -> bool:
+    rows = [[(record.get("row"), record.get("supervised_tokens")) for record in result.records] for result in (mine, other)]
+    return rows[0] == rows[1]
+
+
+def _judged(difference: Difference, adjusted: float | None, test: Test) -> Difference:
+    if adjusted is None:
+        return difference
+    if adjusted > LEVEL:
+        return replace(difference, adjusted_p=adjusted, verdict=NONE_FOUND)
+    good = (difference.mean > 0) == test.higher_is_better
+    return replace(difference, adjusted_p=adjusted, verdict=BETTER if good else WORSE)
+
+
+def _mirrored(difference: Difference) -> Difference:
+    """The same with method and reference exchanged."""
+    intervals = {
+        name: None if (interval := getattr(difference, name)) is None else (-interval[1], -interval[0])
+        for name in ("interval", "bootstrap")
+    }
+    return replace(
+        difference,
+        method=difference.reference,
+        reference=difference.method,
+        by_seed={seed: -value for seed, value in difference.by_seed.items()},
+        mean=-difference.mean,
+        only_method=difference.only_reference,
+        only_reference=difference.only_method,
+        verdict={BETTER: WORSE, WORSE: BETTER}.get(difference.verdict, difference.verdict),
+        **intervals,
+    )
+
+
+def _unlike(question: Question, tests: Sequence[Test], counting: Counting) -> dict[str, list[int]]:
+    """Seeds with which not all methods were examined on the same items, by test."""
+    found: dict[str, list[int]] = {}
+    for test in tests:
+        first: dict[int, TaskResult] = {}
+        for name in question.methods:
+            for seed, outcome in _finite(counting.get(name, {})).items():
+                result = outcome.results.get(test.name)
+                if result is not None and not _same_items(result, first.setdefault(seed, result)):
+                    seeds = found.setdefault(test.name, [])
+                    seeds += [seed] if seed not in seeds else []
+    return found
+
+
+def _environment(outcomes: Sequence[Outcome]) -> Environment:
+    names = dict.fromkeys(name for outcome in outcomes for name in outcome.environment)
+    counts = {name: Counter(_in_words(outcome.environment.get(name)) for outcome in outcomes) for name in names}
+    shared = {name: next(iter(values)) for name, values in counts.items() if len(values) == 1}
+    return Environment(shared, {name: dict(values.most_common()) for name, values in counts.items() if len(values) > 1})
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_in_words, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return "none" if value is None else "yes" if value else "no"
+    return json.dumps(value)
