@@ -93,6 +93,7 @@ def test_loss_is_the_mean_over_supervised_tokens(data, tokenizer):
         total -= logp[len(prompt) - 1 :].sum().item()
         tokens += ids.shape[1] - len(prompt)
     assert result.score == pytest.approx(total / tokens, rel=1e-5)
+    assert result.interval[0] < result.score < result.interval[1]
 
 
 def test_loss_of_token_ids_is_that_of_their_text(tmp_path, tokenizer):

@@ -47,6 +47,7 @@ def test_each_task_reads_the_public_fields_and_has_its_score(task, classifier, t
     assert len(set(given)) == 2, "the model says always the same"
     if task == "glue:cola":
         assert result.score == pytest.approx(np.corrcoef(given, labels)[0, 1])
+        assert result.interval[0] <= result.score <= result.interval[1]
         assert result.metrics["accuracy"] == np.mean(np.equal(given, labels))
     else:
         assert result.score == np.mean(np.equal(given, labels))

@@ -11,6 +11,7 @@ from bonetune.evaluation import Proportion, most_frequent, sign_test
 from bonetune.evaluation.statistics import (
     bootstrap,
     holm,
+    resampled,
     student_quantile,
     student_tail,
     t_interval,
@@ -138,3 +139,15 @@ def test_the_two_level_bootstrap_sees_the_groups_spread():
     low, high = two_level_bootstrap(groups)
     assert low < -0.5
     assert high > 0.5
+
+
+def test_a_statistic_of_drawn_items_is_scipys_bootstrap():
+    rng = np.random.default_rng(3)
+    a = rng.normal(size=60)
+    b = a + rng.normal(size=60)
+    low, high = resampled(lambda drawn: float(np.corrcoef(a[drawn], b[drawn])[0, 1]), 60, resamples=4000)
+    theirs = stats.bootstrap(
+        (a, b), lambda x, y: np.corrcoef(x, y)[0, 1], paired=True, vectorized=False, n_resamples=4000, method="percentile",
+        rng=np.random.default_rng(5),
+    ).confidence_interval  # fmt: skip
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.02)

@@ -14,7 +14,7 @@ from bonetune.data.preflight import check
 from bonetune.errors import InputError
 from bonetune.evaluation.ledger import Ledger
 from bonetune.evaluation.result import Record, TaskResult
-from bonetune.evaluation.statistics import Proportion
+from bonetune.evaluation.statistics import Proportion, bootstrap, resampled
 from bonetune.evaluation.task import Prepared, Request, Task, digest
 from bonetune.evaluation.trained_with import TrainedWith
 from bonetune.losses import check_loss, example_losses
@@ -69,11 +69,11 @@ def loss(request: Request) -> Prepared:
         return TaskResult(
             "loss",
             mean_loss(records),
-            None,
+            bootstrap(*weighted(records, [record["loss"] for record in records])),
             len(records),
             records,
             _cut(lengths),
-            protocol="loss: mean cross-entropy of the expected answers, in nats a token",
+            protocol="loss: mean cross-entropy of the expected answers, in nats a token; interval: bootstrap over rows",
             higher_is_better=False,
         )
 
@@ -114,6 +114,12 @@ def mean_loss(records: list[Record]) -> float:
     return total / sum(record["supervised_tokens"] for record in records)
 
 
+def weighted(records: list[Record], values: list[float]) -> tuple[list[float], list[float]]:
+    """Sums and weights of which the ratio is the mean over all tokens."""
+    weights = [float(record["supervised_tokens"]) for record in records]
+    return [value * weight for value, weight in zip(values, weights, strict=True)], weights
+
+
 def classification(request: Request, name: str = "classification", score: str | None = None) -> Prepared:
     """Accuracy of a classifier, or Pearson's correlation where it predicts numbers, and what training measures besides.
 
@@ -142,9 +148,15 @@ def classification(request: Request, name: str = "classification", score: str | 
         else:
             pairs = zip(numbers, logits[:, 0].tolist(), labels.tolist(), strict=True)
             records = [{"row": number, "output": a, "expected": b} for number, a, b in pairs]
-        interval = Proportion.of([r["correct"] for r in records]).interval if chosen == "accuracy" else None
+        if chosen == "accuracy":
+            interval = Proportion.of([record["correct"] for record in records]).interval
+        else:
+            interval = resampled(lambda drawn: agreement(logits[drawn], labels[drawn])[chosen], len(records))
+        how = "Wilson's" if chosen == "accuracy" else "bootstrap over rows"
         value = metrics.pop(chosen)
-        return TaskResult(name, value, interval, len(records), records, metrics | _cut(lengths), f"{name}: {chosen}")
+        return TaskResult(
+            name, value, interval, len(records), records, metrics | _cut(lengths), f"{name}: {chosen}; interval: {how}"
+        )
 
     return Prepared(len(rows), _identity(request, rows, row_format), run)
 

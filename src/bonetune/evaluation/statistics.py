@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -79,6 +79,16 @@ def bootstrap(
         drawn = rng.integers(len(value), size=(min(100, resamples), len(value)))
         ratios.append(value[drawn].sum(1) / weight[drawn].sum(1))
     low, high = np.quantile(np.concatenate(ratios), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def resampled(
+    statistic: Callable[[np.ndarray], float], items: int, *, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of 95% of a statistic that is no mean: of the numbers of items drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(items, size=items)) for _ in range(resamples)]
+    low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
 
 

@@ -9,7 +9,7 @@ from bonetune.data.examples import IGNORED
 from bonetune.errors import InputError
 from bonetune.evaluation.ledger import Ledger
 from bonetune.evaluation.result import Record, TaskResult
-from bonetune.evaluation.rows import losses_of, mean_loss
+from bonetune.evaluation.rows import losses_of, mean_loss, weighted
 from bonetune.evaluation.statistics import bootstrap
 from bonetune.evaluation.task import Prepared, Request, Task, digest
 from bonetune.models import Loaded, load_model
@@ -28,7 +28,7 @@ def perplexity(request: Request) -> Prepared:
         loss = mean_loss(records)
         nats = loss * sum(record["supervised_tokens"] for record in records)
         size = sum(len(texts[record["row"] - 1].encode()) for record in records)
-        low, high = bootstrap(*_weighted(records, [record["loss"] for record in records]))
+        low, high = bootstrap(*weighted(records, [record["loss"] for record in records]))
         return TaskResult(
             "perplexity",
             math.exp(loss),
@@ -57,7 +57,7 @@ def forgetting(request: Request) -> Prepared:
         return TaskResult(
             "forgetting",
             loss - base_loss,
-            bootstrap(*_weighted(records, rises)),
+            bootstrap(*weighted(records, rises)),
             len(records),
             records,
             {"loss": loss, "base_loss": base_loss},
@@ -115,12 +115,6 @@ def _texts(request: Request, task: str) -> tuple[list[str], dict[str, Any]]:
         row_format.check(row, number)
     texts = [row[row_format.fields[0]] for row in rows]
     return texts, {"rows": digest(texts), "batch_size": request.batch_size}
-
-
-def _weighted(records: list[Record], values: list[float]) -> tuple[list[float], list[float]]:
-    """Sums and weights of which the ratio is the mean over all tokens."""
-    weights = [float(record["supervised_tokens"]) for record in records]
-    return [value * weight for value, weight in zip(values, weights, strict=True)], weights
 
 
 TASKS = (Task("perplexity", perplexity), Task("forgetting", forgetting))
