@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import llama
 from safetensors.torch import load_file
 
 import bonetune
@@ -15,8 +16,11 @@ from bonetune.evaluation import Proportion
 
 
 @pytest.fixture
-def tiny(monkeypatch, model_folder):
-    monkeypatch.setattr(demonstration, "smollm2", lambda: str(model_folder))
+def tiny(monkeypatch, tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    llama(max_position_embeddings=512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(demonstration, "smollm2", lambda: str(folder))
     monkeypatch.setattr(demonstration, "TEST_SIZE", 6)
     monkeypatch.setattr(demonstration, "SETTINGS", {"min_words": 2, "max_words": 2})
 

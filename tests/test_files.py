@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bonetune.files import folder_written_beside, write_json_lines, write_text
+from bonetune.files import folder_written_beside, read_json_lines, write_json, write_json_lines, write_text
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -41,3 +41,14 @@ def test_text_is_replaced_in_one_step(tmp_path):
     write_json_lines(tmp_path / "sub" / "b", [{"ä": 1}, "x"])
     assert [json.loads(line) for line in (tmp_path / "sub" / "b").read_text().splitlines()] == [{"ä": 1}, "x"]
     assert sorted(p.name for p in (tmp_path / "sub").iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("half", ["\ud83d", "a\udfff\ud800b", "\\\ud83d\\", '"\ud83d"'])
+def test_half_a_surrogate_pair_comes_back_and_other_text_stays_readable(half, tmp_path):
+    rows = [{"output": f"ä {half} \U0001f600", half: [half]}, "ö"]
+    write_json_lines(tmp_path / "rows", rows)
+    write_json(tmp_path / "all", rows)
+    assert read_json_lines(tmp_path / "rows") == json.loads((tmp_path / "all").read_text(encoding="utf-8")) == rows
+    for name in ("rows", "all"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert all(sign in text for sign in "äö\U0001f600")

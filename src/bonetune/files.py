@@ -111,12 +111,18 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` to `path` as indented JSON, in one step."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _json(content, indent=2) + "\n")
 
 
 def write_json_lines(path: Path, rows: list[Any]) -> None:
     """Write one JSON value a line to `path`, in one step."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(_json(row) + "\n" for row in rows))
+
+
+def _json(content: Any, indent: int | None = None) -> str:
+    """JSON that UTF-8 can hold: halves of surrogate pairs, as a model's text may have, are escaped, all else is readable."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def read_json_lines(path: Path) -> list[Any]:

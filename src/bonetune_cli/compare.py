@@ -29,7 +29,7 @@ def compare(
     quiet_libraries()
     if dry_run:
         settings = load_comparison(config, overrides)
-        _show(plan_comparison(settings), len(settings.seeds))
+        _show(plan_comparison(settings).methods, len(settings.seeds))
         return
     result = bonetune.compare(
         config,

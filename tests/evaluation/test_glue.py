@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import bonetune
@@ -54,6 +55,32 @@ def test_each_task_reads_the_public_fields_and_has_its_score(task, classifier, t
         assert result.interval[0] < result.score < result.interval[1]
     assert result.task == task
     assert [record["correct"] for record in result.records] == [a == b for a, b in zip(given, labels, strict=True)]
+
+
+@pytest.mark.parametrize("names", [None, {0: "not_equivalent", 1: "equivalent"}, {0: "1", 1: "0"}])
+def test_mrpc_has_glues_f1_of_the_paraphrases(names, classifier, tmp_path):
+    told = names or {0: "0", 1: "1"}
+    if names is not None:
+        classifier.model.config.id2label = names
+        classifier.model.config.label2id = {name: number for number, name in names.items()}
+    labels = [told[n] for n in (0, 1, 1, 0, 1, 1, 0, 1)]
+    path = file(tmp_path / "dev.jsonl", "sentence1", "sentence2", labels=labels)
+    (result,) = bonetune.evaluate(classifier, ["glue:mrpc"], data=path)
+    given = [told[n] for n in answers(classifier, ["sentence1", "sentence2"])]
+    positive = "equivalent" if "equivalent" in labels else "1"
+    assert result.metrics["f1"] == pytest.approx(f1_score(labels, given, pos_label=positive))
+    assert result.metrics["macro_f1"] == pytest.approx(f1_score(labels, given, average="macro"))
+    assert result.metrics["f1"] != result.metrics["macro_f1"]
+    (other,) = bonetune.evaluate(classifier, ["glue:qnli"], data=path, dataset_field=("sentence1", "sentence2", "label"))
+    assert other.metrics["f1"] == pytest.approx(result.metrics["macro_f1"])
+    assert "macro_f1" not in other.metrics
+
+
+def test_mrpcs_f1_without_the_second_class_is_0(classifier, tmp_path):
+    path = file(tmp_path / "dev.jsonl", "sentence1", "sentence2", labels=[0] * len(SENTENCES))
+    classifier.model.score.weight.data[1] = classifier.model.score.weight.data[0]  # a tie is the first class
+    (result,) = bonetune.evaluate(classifier, ["glue:mrpc"], data=path)
+    assert (result.score, result.metrics["f1"], result.metrics["macro_f1"]) == (1, 0, 1)
 
 
 def test_a_language_model_is_no_classifier(model_folder):

@@ -32,7 +32,8 @@ PIECES = st.sampled_from(
     [
         *"0123456789.,/-+ \n$%*^e:=x!}", "18", "1,000", "10,000,000", "1/2", "/0", "1_0", "NaN", "sNaN", "Infinity", "...",
         "The answer is: ", "The answer is ", "the answer is", "The final answer is: ", "The final answer is ", "#### ", "####",
-        "[invalid]", "\\frac{1}{2}", "\\boxed{", "\u0663", "\u00bd", "\u2212",
+        "[invalid]", "\\frac{1}{2}", "\\boxed{", "\u0663", "\u00bd", "\u2212", "\u2013", "\u2012", "\u00a0", "\u202f",
+        "\\tfrac{1}{2}", "\\frac12", " 000", " 100-dollar notes", "- 5", " is ",
     ]
 )  # fmt: skip
 OUTPUTS = st.lists(PIECES, max_size=12).map("".join)
@@ -147,6 +148,32 @@ def test_strict_reads_decimals(value, form, after):
         ("18-year-olds", 18), ("+5", 5), ("3 + 4 = 7", 3), ("12,34", None), ("1.2.3", None), ("10:30", None), ("3-4", None),
         ("2^5", None), ("1e5", None), ("1/0", None), ("1/2/3", None), ("1,2,3", None), ("2*9", None), ("2\u00d79", None),
         ("none", None), ("", None), ("ten\n7", None), ("\\frac12", None), ("7" * 5000, None), ("\u0663", None),
+        # a whole number before a fraction
+        ("1\\frac{1}{2}", Fraction(3, 2)), ("1\\tfrac{1}{2}", Fraction(3, 2)), ("$-1\\dfrac{1}{2}$", Fraction(-3, 2)),
+        ("1 \\frac{1}{2}", Fraction(3, 2)), ("12\\frac{3}{4}", Fraction(51, 4)), ("1,000\\frac{1}{2}", Fraction(2001, 2)),
+        ("1,000 1/2", Fraction(2001, 2)), ("1\\frac12", None), ("1\\frac{x}{2}", None), ("1\\frac{-1}{2}", None),
+        ("x\\frac{1}{2}", None), ("x2\\frac{1}{2}", None),
+        ("x2\\frac{y}{2}", None), ("1.5\\frac{1}{2}", None), ("\\frac{\\text{1}}{2}", None),
+        ("\\frac{1}{2} of 3", Fraction(1, 2)), ("\\frac{1}{2}3", None), ("3 of \\frac{{1}}{2}", 3),
+        ("1\u00a01/2", Fraction(3, 2)),
+        # dashes for signs
+        ("\u20135", -5), ("\u20125", -5), ("-5", -5), ("\u2013$5", -5), ("x = \u20135", -5), ("3\u20134", None),
+        ("3\u20124", None), ("10 \u2013 5", 10), ("\u2013 5", 5), ("18\u2013year-olds", 18), ("\u2013.5", Fraction(-1, 2)),
+        # signs that stand apart
+        ("- 5", -5), ("-  5", -5), ("- $5", -5), ("$- 5$", -5), ("\u2212 5", -5), ("x = - 5", -5), ("it is - 5", -5),
+        ("x is: - 5", -5),
+        ("**- 5**", -5), ("\\boxed{- 5}", -5), ("- .5", Fraction(-1, 2)), ("- \\frac{1}{2}", Fraction(-1, 2)),
+        ("- 1 1/2", Fraction(-3, 2)), ("- 70 000", -70000), ("+ 5", 5), ("10 - 5", 10), ("3 - 4", 3), ("x - 5", 5),
+        ("this - 5", 5),
+        ("\n- 5 apples\n- 3 pears", 5), ("**\n\n- 5", 5),
+        # thousands after spaces
+        ("70 000", 70000), ("70\u00a0000", 70000), ("70\u202f000", 70000), ("70\u2009000", 70000), ("70\\,000", 70000),
+        ("$1 234 567.50", Fraction(246913500, 200)), ("-70 000", -70000), ("70 000 dollars", 70000), ("70 000.", 70000),
+        ("1 500 km", 1500), ("70 500 dollars in total", 70500), ("1 234 people", 1234), ("70 000 people in all", 70000),
+        ("70 000km", 70000), ("1 234/2", 118), ("1 234 1/2", Fraction(2469, 2)), ("70 000-80 000", None), ("70 000,50", None),
+        ("5 100-dollar notes", 5), ("5 100 dollar notes", 5), ("5\u00a0100-dollar notes", 5), ("5 100\u2011dollar notes", 5),
+        ("5 100g bars", 5), ("5 $100 bills", 5), ("12 34", 12), ("12 3456", 12), ("1234 567", 1234), ("12 345 67", 12),
+        ("0 100", 0), ("1.5 100", Fraction(3, 2)), ("1,234 567", 1234), ("5 apples and 100 200 pears", 5),
     ],
 )  # fmt: skip
 def test_strict(said, read):

@@ -1,14 +1,19 @@
+import json
 from pathlib import Path
 
 import lm_eval
 import pytest
 import yaml
+from conftest import llama
 
+import bonetune
 from bonetune.data import PAPER_PROMPT
 from bonetune.errors import InputError
 from bonetune.evaluation import humaneval
 from bonetune.evaluation.humaneval import check_program, extract_program, instruction, judge, prompt_of
 from bonetune.evaluation.sandbox import Outcome
+from bonetune.evaluation.task import Request
+from bonetune.models import Answer, Loaded
 
 SQUARES = {
     "task_id": "Test/0",
@@ -191,3 +196,30 @@ def test_limits_are_handed_on():
     answer = fenced("def squares(numbers):\n    bytearray(2**28)\n    return [n * n for n in numbers]")
     assert judge(SQUARES, answer, "instruct", memory_bytes=2**27)[1] == Outcome("failed", "MemoryError")
     assert judge(SQUARES, answer, "instruct")[1] == Outcome("passed")
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        (("privileges", "Landlock", "seccomp"), "pass@1 of programs run in a sandbox, 10 s of processor time each"),
+        (("privileges", "seccomp"), "run in a sandbox without Landlock (files can be read), 10 s of processor time each"),
+        (("privileges", "Landlock"), "run without a sandbox (--unsafe-code), 10 s of processor time each"),
+        ((), "run without a sandbox (--unsafe-code), 10 s of processor time each"),
+    ],
+)
+@pytest.mark.parametrize("task", humaneval.TASKS)
+def test_the_protocol_says_what_holds_programs_back(task, held, told, tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(SQUARES) + "\n")
+    monkeypatch.setattr(humaneval, "layers", lambda **settings: held)
+    monkeypatch.setattr("bonetune.evaluation.questions.generate_batches", lambda *_, **__: [{0: Answer("", True)}])
+    (result,) = bonetune.evaluate(Loaded(llama(), tokenizer, "m"), [task.name], data=str(tmp_path / "rows.jsonl"))
+    assert told in result.protocol
+
+
+def test_whether_programs_can_be_held_back_is_known_before_the_rows_are_read(monkeypatch):
+    def refused(**settings):
+        raise InputError("Programs cannot be held back.")
+
+    monkeypatch.setattr(humaneval, "layers", refused)
+    with pytest.raises(InputError, match="cannot be held back"):
+        humaneval.TASKS[0].prepare(Request(data="nowhere.jsonl"))

@@ -35,6 +35,18 @@ def test_a_result_is_read_back_as_it_was(tmp_path):
     assert (tmp_path / "gsm8k-strict.jsonl").is_file()
 
 
+def test_half_a_surrogate_pair_in_an_answer_is_kept(tmp_path):
+    """A model's or a judge's text may hold one, which UTF-8 cannot."""
+    record, place = {"row": 1, "output": "ä \ud83d", "correct": False}, shelf(tmp_path, judge="\udc80")
+    place.open()
+    Ledger(1, file=place.records).add([record])
+    assert Ledger(1, file=place.records).ordered == [record]
+    result = TaskResult("gsm8k:strict", 0.0, (0.0, 0.9), 1, [record], {}, "in \ud83d words")
+    place.close(result)
+    assert shelf(tmp_path, judge="\udc80").result == result
+    shelf(tmp_path, judge="\udc80").claim(resume=True, overwrite=False)
+
+
 def test_what_is_there_is_not_lost_by_mistake(tmp_path):
     place = shelf(tmp_path)
     place.open()

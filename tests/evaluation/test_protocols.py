@@ -9,7 +9,7 @@ from conftest import llama
 import bonetune
 from bonetune.data import PAPER_PROMPT, read_rows
 from bonetune.errors import InputError
-from bonetune.models import Loaded, cut
+from bonetune.models import Answer, Loaded, cut
 
 MAILS = {"question": "Ann has 3 eggs and gets 1,200. How many?", "answer": "3 + 1200 = 1203\n#### 1,203"}
 HALVES = {"question": "What is half of 36?", "answer": "36 / 2 = 18\n#### 18"}
@@ -30,7 +30,7 @@ def evaluated(tmp_path, tokenizer, monkeypatch):
     def run(task, rows, answers, **settings):
         def answered(model, tokenizer, prompts, **told):
             asked.update(told, prompts=prompts)
-            yield {number: cut(answer, told["stop"]) for number, answer in enumerate(answers)}
+            yield {number: Answer(cut(answer, told["stop"]), complete=number > 0) for number, answer in enumerate(answers)}
 
         monkeypatch.setattr("bonetune.evaluation.questions.generate_batches", answered)
         if rows is not None:
@@ -56,6 +56,9 @@ def test_gsm8k(task, correct, most, evaluated):
     assert result.score == sum(correct) / 2
     assert asked["max_new_tokens"] == most
     assert result.protocol.startswith(f"{task}: ")
+    assert result.protocol.endswith("; rows of rows.jsonl; bonetune 0.1.0")
+    assert result.metrics["cut_off"] == 1
+    assert [record["complete"] for record in result.records] == [False, True]
     if task == "gsm8k:arena":
         assert asked["prompts"][1] == "Question: What is half of 36? Think step by step.\nAnswer:"
         assert not asked["stop"]

@@ -1,10 +1,14 @@
 import json
+import shutil
 from importlib import import_module
 
 import pytest
 from conftest import llama
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 import bonetune
+from bonetune import BoneConfig
 from bonetune.errors import InputError
 from bonetune.evaluation.questions import Protocol, each, templated
 from bonetune.models import generate
@@ -47,19 +51,21 @@ def test_each_answer_has_a_record(asked, tokenizer):
     prompts = [f"Q: {row['question']}" for row in ROWS]
     outputs = generate(llama(), tokenizer, prompts, max_new_tokens=6, batch_size=2)
     assert result.records == [
-        {"row": n, "prompt": p, "output": o} | judged(o, row)
+        {"row": n, "prompt": p, "output": o, "complete": False} | judged(o, row)
         for n, (p, o, row) in enumerate(zip(prompts, outputs, ROWS, strict=True), 1)
     ]
     assert result.score == sum("e" in output for output in outputs) / 5
     assert result.metrics["long"] == sum(len(output) > 8 for output in outputs) / 5
     assert result.metrics["long_low"] < result.metrics["long"] < result.metrics["long_high"]
-    assert result.protocol == "spelling: whether there is an e in it; greedy, at most 6 new tokens"
+    assert result.protocol.startswith(
+        "spelling: whether there is an e in it; greedy, at most 6 new tokens; rows of rows.jsonl;"
+    )
 
 
 def test_the_users_template_is_told_of(asked):
     result = asked(prompt_template="{instruction}!", max_new_tokens=2)
     assert result.records[1]["prompt"] == "a!"
-    assert result.protocol.endswith("greedy, at most 2 new tokens; the prompt template is the user's")
+    assert "greedy, at most 2 new tokens; rows of rows.jsonl; prompt template '{instruction}!'; bonetune" in result.protocol
     with pytest.raises(InputError, match=r"lacks \{instruction\}"):
         asked(prompt_template="!", output_dir=None)
 
@@ -125,3 +131,32 @@ def test_data_may_be_told_task_by_task(asked, tmp_path):
         asked(data={"loss": "x"}, output_dir=None)
     with pytest.raises(InputError, match="spelling needs data"):
         asked(data=None, output_dir=None)
+
+
+def test_other_weights_do_not_go_on(asked, tmp_path, model_folder):
+    """Neither a model's nor those of an adapter's base."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(model_folder, base)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), BoneConfig(r=4, target_modules="all-linear")).save_pretrained(
+        adapter
+    )
+    for name, model in (("a", base), ("b", adapter)):
+        told = {"data": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / name)}
+        bonetune.evaluate(str(model), ["spelling"], **told)
+        bonetune.evaluate(str(model), ["spelling"], **told, resume=True)
+    changed = llama()
+    changed.lm_head.weight.data.mul_(1.5)
+    changed.save_pretrained(base)
+    for name, model, what in (("a", base, "weights"), ("b", adapter, "base_weights")):
+        told = {"data": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / name)}
+        with pytest.raises(InputError, match=rf"made with other settings \({what} \("):
+            bonetune.evaluate(str(model), ["spelling"], **told, resume=True)
+
+
+def test_scores_of_other_tasks_stay(asked, tmp_path, model_folder):
+    asked()
+    told = {"data": str(tmp_path / "rows.jsonl"), "dataset_field": ["question", "answer"]}
+    bonetune.evaluate(str(model_folder), ["loss"], output_dir=str(tmp_path / "out"), **told)
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert [score["task"] for score in scores] == ["spelling", "loss"]
+    assert {score["model"] for score in scores} == {str(model_folder)}

@@ -6,13 +6,15 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from bonetune.errors import InputError
 from bonetune.evaluation import sandbox, sandbox_child
-from bonetune.evaluation.sandbox import Outcome, run_program, run_programs
+from bonetune.evaluation.sandbox import Outcome, layers, run_program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are held back on Linux only")
 
@@ -148,9 +150,31 @@ def test_what_does_not_end_is_ended():
         "from signal import *\nfor s in {*Signals} - {SIGKILL, SIGSTOP}: signal(s, SIG_IGN)\nwhile True: pass",
         "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
     ]
-    outcomes = run_programs(endless, workers=len(endless), seconds=2)
-    assert outcomes == [Outcome("timeout", "not at its end after 2 s")] * len(endless)
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(partial(run_program, seconds=1), endless))
+    assert [outcome.status for outcome in outcomes] == ["timeout"] * len(endless)
     assert not survivors()
+
+
+def test_processor_time_decides_and_not_how_long_it_took():
+    """A machine under load makes a program take longer, and not its work more."""
+    assert run_program("import time; time.sleep(1.2)", seconds=1) == Outcome("passed")
+    busy = "import time\nwhile time.process_time() < {}: pass"
+    assert run_program(busy.format(0.3), seconds=1) == Outcome("passed")
+    for source, seconds in ((busy.format(9), 1), (busy.format(0.7), 0.5)):
+        outcome = run_program(source, seconds=seconds)
+        assert outcome == Outcome("timeout", f"not at its end after {seconds:g} s of processor time")
+    threads = "import threading\ndef work():\n    while True: pass\nthread = threading.Thread(target=work)\nthread.start()\n"
+    assert run_program(f"{threads}thread.join()", seconds=1).detail == "not at its end after 1 s of processor time"
+
+
+def test_a_program_that_sleeps_ends_at_the_wall_clocks_limit():
+    assert run_program("import time; time.sleep(1000)", seconds=0.5) == Outcome("timeout", "not at its end after 2.5 s")
+
+
+def test_a_kill_that_the_limits_did_not_send_is_no_timeout():
+    outcome = run_program("import os; os.kill(os.getpid(), 9)", seconds=1)
+    assert outcome == Outcome("killed", "ended by signal 9, Killed")
 
 
 @pytest.mark.parametrize(
@@ -389,28 +413,42 @@ def command_of(pid):
         return b""
 
 
-def test_programs_are_independent_and_their_outcomes_in_order():
-    sources = [f"import time; time.sleep({0.2 if n % 3 == 0 else 0}); assert {n} % 2" for n in range(9)]
-    assert [outcome.status == "passed" for outcome in run_programs(sources, workers=3)] == [n % 2 == 1 for n in range(9)]
-    assert run_programs([]) == []
-
-
 def test_hashes_are_the_same_each_time():
     details = {run_program("raise Exception(hash('a'), list({'a', 'b', 'c', 'd', 'e'}))").detail for _ in range(3)}
     assert len(details) == 1
 
 
-def test_where_nothing_holds_a_program_back_it_runs_only_if_asked_to(tmp_path, monkeypatch):
-    child = tmp_path / "child.py"
-    child.write_text(
-        f"import sys; sys.path.insert(0, {str(CHILD.parent)!r})\n"
-        "import sandbox_child as child\nchild.MACHINES = {'pdp11': (0, 0)}\nchild.main()"
-    )
-    monkeypatch.setattr(sandbox, "_CHILD", child)
-    with pytest.raises(InputError, match=r"cannot be held back here: the system calls of \w+ are not known.*unsafe=True"):
+@pytest.fixture
+def without(tmp_path, monkeypatch):
+    """Have the child run with something of its module changed."""
+
+    def change(code):
+        child = tmp_path / "child.py"
+        child.write_text(
+            f"import sys; sys.path.insert(0, {str(CHILD.parent)!r})\nimport sandbox_child as child\n{code}\nchild.main()"
+        )
+        monkeypatch.setattr(sandbox, "_CHILD", child)
+
+    return change
+
+
+def test_the_layers_in_force_are_told(without):
+    expected = ("privileges", *(["Landlock"] if has_landlock() else []), "seccomp")
+    assert layers() == layers(unsafe=True) == expected
+    without("child.restrict_files = lambda folders: False")
+    assert layers() == ("privileges", "seccomp")
+    assert run_program("x = 1") == Outcome("passed")
+    without("child.MACHINES = {'pdp11': (0, 0)}\nchild.restrict_files = lambda folders: True")
+    assert layers(unsafe=True) == ("privileges", "Landlock")
+    with pytest.raises(InputError, match="cannot be held back here"):
+        layers()
+
+
+def test_where_nothing_holds_a_program_back_it_runs_only_if_asked_to(without):
+    without("child.MACHINES = {'pdp11': (0, 0)}")
+    message = r"cannot be held back here: the system calls of \w+ are not known.*--unsafe-code.*unsafe_code=True.*unsafe=True"
+    with pytest.raises(InputError, match=message):
         run_program("x = 1")
-    with pytest.raises(InputError, match="cannot be held back"):
-        run_programs(["x = 1"] * 3)
     assert run_program("x = 1", unsafe=True) == Outcome("passed")
     assert run_program("bytearray(2**30)", unsafe=True).detail == "MemoryError"
     assert run_program("import time; time.sleep(100)", seconds=1, unsafe=True).status == "timeout"

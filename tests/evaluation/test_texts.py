@@ -81,3 +81,17 @@ def test_only_plain_text_will_do(tmp_path, tokenizer):
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(InputError, match="perplexity is measured on plain text, and the rows are prompt-completion"):
         bonetune.evaluate(Loaded(llama(), tokenizer, "m"), ["perplexity"], data=str(rows))
+
+
+def test_only_models_that_write_on_have_a_perplexity(data, tokenizer):
+    with pytest.raises(InputError, match="perplexity is not for a model of task type SEQ_2_SEQ_LM"):
+        bonetune.evaluate(Loaded(llama(), tokenizer, "m", task_type="SEQ_2_SEQ_LM"), ["perplexity"], data=data)
+
+
+def test_a_ruined_model_has_an_infinite_perplexity(data, tokenizer):
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    (result,) = bonetune.evaluate(Loaded(model, tokenizer, "m"), ["perplexity"], data=data)
+    assert result.metrics["loss"] > 710
+    assert result.score == math.inf

@@ -9,7 +9,7 @@ from scipy import stats
 
 from bonetune.evaluation.result import TaskResult
 from bonetune.experiments.analysis import analyse
-from bonetune.experiments.findings import BETTER, BROKEN, NONE_FOUND, TOO_FEW, WORSE
+from bonetune.experiments.findings import BETTER, BROKEN, NO_SPREAD, NONE_FOUND, TOO_FEW, WORSE
 
 
 def analysed(made, references=("lora",), seeds=(1, 2, 3), **more):
@@ -183,8 +183,35 @@ def test_differences_that_are_the_same_with_every_seed_are_not_judged():
             made.change(name, seed, results={"rating": TaskResult("rating", score, None, 1, [])})
     found = analysed(made)
     difference = found.between("bone", "lora", "rating")
-    assert (difference.interval, difference.p, difference.verdict) == (None, None, TOO_FEW)
+    assert (difference.interval, difference.p, difference.verdict) == (None, None, NO_SPREAD)
+    assert found.summary[0] == "Nothing is decided: every seed differs by the same, which leaves no spread to judge by."
+    assert found.summary[1] == "rating, against `lora`: no spread to judge by, as every seed differs by the same: `bone`."
     assert any("which leaves no spread to judge by" in remark for remark in found.remarks)
+
+
+def test_differences_that_are_the_same_with_every_seed_stand_on_both_sides_and_are_remarked_once():
+    made = Made({"lora": 0.0, "bone": 0.0}, tests=["rating"], text=False)
+    for seed in (1, 2, 3):
+        for name, score in (("lora", seed / 7), ("bone", seed / 7 + 0.1)):
+            made.change(name, seed, results={"rating": TaskResult("rating", score, None, 1, [])})
+    found = analysed(made, ("lora", "bone"))
+    assert [d.verdict for d in found.differences] == [NO_SPREAD, NO_SPREAD]
+    assert sum("no spread" in remark for remark in found.remarks) == 1
+
+
+def test_the_headline_counts_seeds_where_they_are_too_few():
+    made = Made({"lora": 0.0, "bone": 0.2, "bat": 0.2}, (1, 2, 3, 4), tests=["loss"], text=False).diverge("bone", 4)
+    for seed in (2, 3, 4):
+        del made.counting["bat"][seed]
+    found = analysed(made, seeds=(1, 2, 3, 4))
+    assert [(d.verdict, len(d.by_seed)) for d in found.differences] == [(BROKEN, 3), (TOO_FEW, 1)]
+    assert found.summary[0] == (
+        "Nothing is decided: in 1 comparison, methods share 1 seed, and it takes three to tell a difference; in 1 comparison, "
+        "a run of one of the methods diverged."
+    )
+    made = Made({"lora": 0.0, "bone": 0.2, "bat": 0.2}, (1, 2), tests=["loss"], text=False)
+    del made.counting["bat"][2]
+    assert analysed(made, seeds=(1, 2)).summary[0].startswith("Nothing is decided: methods share at most 2 seeds, and it takes")
 
 
 def test_scores_that_no_items_make_are_compared_by_seed_alone():
@@ -216,6 +243,28 @@ def test_other_items_are_not_paired():
     assert found.between("bone", "lora", "loss").bootstrap is None
     assert found.between("bone", "lora", "loss").interval is not None
     assert any("on the same items with seed 2" in remark for remark in found.remarks)
+
+
+@pytest.mark.parametrize("field", ["expected", "prompt"])
+def test_rows_with_other_contents_are_other_items(field):
+    made = Made({"lora": 0.0, "bone": 0.05}, tests=["exact-match"], text=False)
+    for name in made.effects:
+        for seed in (1, 2, 3):
+            result = made.counting[name][seed].results["exact-match"]
+            told = name if seed == 2 else "the same"
+            records = [record | {field: f"{told} {record['row']}"} for record in result.records]
+            made.change(name, seed, results={"exact-match": replace(result, records=records)})
+    found = analysed(made)
+    assert found.between("bone", "lora", "exact-match").bootstrap is None
+    assert any("on the same items with seed 2:" in remark for remark in found.remarks)
+
+
+def test_records_that_do_not_tell_what_the_item_is_are_told_apart_by_their_rows():
+    made = Made({"lora": 0.0, "bone": 0.05}, tests=["exact-match"], text=False)
+    result = made.counting["bone"][2].results["exact-match"]
+    records = [record | {"prompt": "p", "expected": "x"} for record in result.records]
+    made.change("bone", 2, results={"exact-match": replace(result, records=records)})
+    assert analysed(made).between("bone", "lora", "exact-match").bootstrap is not None
 
 
 def test_the_sweep_and_its_edge():

@@ -99,7 +99,7 @@ def test_there_are_files():
 @pytest.mark.parametrize("name", FILES)
 def test_a_dry_run_finds_nothing_wrong(name, stand_in):
     comparison = on(name, stand_in(name), "methods.lora.r=4", "methods.pissa.r=4", "methods.bone.r=8")
-    plans = {plan.sized.name: plan for plan in plan_comparison(comparison)}
+    plans = {plan.sized.name: plan for plan in plan_comparison(comparison).methods}
     assert {"lora", "pissa", "bone"} <= set(plans)
     rate = RATE[name.removeprefix("glue-")] if name in GLUE else 2e-5
     for plan in plans.values():
@@ -117,7 +117,7 @@ def test_without_its_rates_each_method_is_swept(name, stand_in):
     methods = load_comparison(PAPER / f"{name}.yaml").methods
     grids = [f"methods.{method}.learning_rates=null" for method in methods]
     sizes = [f"methods.{method}.r=4" for method in methods]
-    plans = plan_comparison(on(name, stand_in(name), *grids, *sizes))
+    plans = plan_comparison(on(name, stand_in(name), *grids, *sizes)).methods
     assert all(len(plan.rates) == 3 for plan in plans)
 
 

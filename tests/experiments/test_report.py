@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from made_up_runs import Made, question
 
+from bonetune.evaluation.result import TaskResult
 from bonetune.experiments.analysis import analyse
 from bonetune.experiments.curves import band
 from bonetune.experiments.figures import axis, spread
@@ -142,6 +143,20 @@ def test_runs_that_diverged_are_seen(tmp_path):
     assert "diverged" in page.of("td")
     assert [text for text in page.of("span") if text == "\N{MULTIPLICATION SIGN}"]
     assert "Remarks" in page.of("h2")
+
+
+def test_differences_without_spread_are_told_in_the_page_and_the_markdown(tmp_path):
+    made = Made({"bone": 0.0, "lora": 0.0}, tests=["rating"], text=False)
+    for seed in (1, 2, 3):
+        for name, score in (("lora", seed / 7), ("bone", seed / 7 + 0.1)):
+            made.change(name, seed, results={"rating": TaskResult("rating", score, None, 1, [])})
+    _, page = written(tmp_path, made, ["lora"])
+    assert "no spread to judge by" in page.of("td")
+    assert {"class": "open"} in [its for tag, its in page.elements if tag == "td"]
+    assert "| no spread to judge by |" in (tmp_path / "results.md").read_text()
+    for text in (" ".join(page.of("main")), (tmp_path / "results.md").read_text()):
+        assert "bone" in text.partition("no spread to judge by, as every seed differs by the same: ")[2]
+        assert "where every seed differs by the same, and not by 0, there is no spread to judge by." in text
 
 
 def test_the_same_runs_make_the_same_files(tmp_path):

@@ -49,6 +49,26 @@ def test_what_is_done_is_left_out_and_the_rest_stays_the_same(chatty, tokenizer)
     )
 
 
+def test_whether_an_answer_came_to_its_end_is_told(chatty, tokenizer):
+    whole = generate(chatty, tokenizer, PROMPTS, max_new_tokens=20)
+    (batch,) = generate_batches(chatty, tokenizer, PROMPTS, max_new_tokens=20)
+    assert not any(answer.complete for answer in batch.values())
+    (batch,) = generate_batches(chatty, tokenizer, PROMPTS, max_new_tokens=20, stop=[whole[0][3:5]])
+    assert batch[0].complete
+    ending, ids = llama(), tokenizer("a", return_tensors="pt").input_ids
+    with torch.no_grad():
+        ending.lm_head.weight[tokenizer.eos_token_id] = 100 * ending.model(ids)[0][0, -1]
+    (batch,) = generate_batches(ending, tokenizer, ["a"], max_new_tokens=20)
+    assert batch[0] == ("", True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_no_answer_is_shortened_by_anothers_prompt(chatty, tokenizer, batch_size):
+    prompts = ["a " * 55, "a", "b " * 40, "c " * 40]
+    alone = [generate(chatty, tokenizer, [prompt], max_new_tokens=120)[0] for prompt in prompts]
+    assert generate(chatty, tokenizer, prompts, max_new_tokens=120, batch_size=batch_size) == alone
+
+
 def test_a_model_writes_no_further_than_it_can_count(chatty, tokenizer):
     prompt = "a " * 60
     room = chatty.config.max_position_embeddings - len(tokenizer(prompt).input_ids)

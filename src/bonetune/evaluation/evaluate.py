@@ -1,8 +1,10 @@
 """`bonetune eval`: tasks by name, each with a score, its interval, the protocol's full name and a record for every item."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +15,7 @@ from bonetune.evaluation.ledger import Ledger, Shelf
 from bonetune.evaluation.result import TaskResult
 from bonetune.evaluation.task import Judge, Prepared, Request, Task
 from bonetune.evaluation.trained_with import TrainedWith
-from bonetune.files import usable_folder, write_json
+from bonetune.files import read_config, usable_folder, write_json
 from bonetune.formats.checkpoint import fingerprint_of
 from bonetune.formats.tensors import ADAPTER_CONFIG, ADAPTER_FILES, sha256
 from bonetune.models import Loaded, load_model, task_type_of
@@ -110,19 +112,22 @@ def evaluate(
         unsafe_code=unsafe_code,
         options={"dtype": dtype, "trust_remote_code": trust_remote_code},
     )
+    asked = _asked(data, dataset_split, limit, few_shot, dataset_format, dataset_field, prompt_template)
     shelves = _shelves(model, base, dtype, prepared, output_dir)
     for shelf in shelves.values():
         shelf.claim(resume=resume, overwrite=overwrite)
     finished = {name: result for name, shelf in shelves.items() if (result := shelf.result) is not None}
     results: list[TaskResult] = []
+    named = _name_of(model)
     loaded = model if isinstance(model, Loaded) else None
     for name, one in prepared.items():
         if name not in finished and loaded is None:
             loaded = load_model(str(model), dtype, base if adapted else None, trust_remote_code=trust_remote_code)
         told = partial(on_items, name) if on_items is not None else None
-        results.append(finished[name] if name in finished else _run(one, loaded, shelves.get(name), told))
+        about = f"; {told_of}" if (told_of := asked(name)) else ""
+        results.append(finished[name] if name in finished else _run(one, loaded, shelves.get(name), told, about))
         if output_dir is not None:
-            write_json(Path(output_dir) / SCORES_FILE, [result.summary() for result in results])
+            _write_scores(Path(output_dir) / SCORES_FILE, results, {"model": named, "dtype": dtype})
     return results
 
 
@@ -185,15 +190,63 @@ def _task(name: str) -> Task:
     return TASKS[name]
 
 
+def _asked(
+    data: str | Mapping[str, str] | None,
+    split: str | None,
+    limit: int | None,
+    few_shot: str | None,
+    dataset_format: str | None,
+    dataset_field: Sequence[str] | None,
+    template: str | None,
+) -> Callable[[str], str]:
+    """What the user has chosen otherwise than the protocol has it, and the version, in words, by task."""
+
+    def told(task: str) -> str:
+        source = data.get(task) if isinstance(data, Mapping) else data
+        chosen = {
+            "rows of": _named(source),
+            "split": split,
+            "the first": limit,
+            "examples of": _named(few_shot),
+            "read as": dataset_format,
+            "fields": None if dataset_field is None else ", ".join(dataset_field),
+            "prompt template": None if template is None else repr(template),
+        }
+        parts = [f"{name} {value}" for name, value in chosen.items() if value is not None]
+        return "; ".join([*parts, f"bonetune {version('bonetune')}"])
+
+    return told
+
+
+def _named(source: str | None) -> str | None:
+    """A file by its name alone, a data set by all of it."""
+    is_file = source is not None and (Path(source).is_absolute() or Path(source).exists())
+    return Path(source or "").name if is_file else source
+
+
+def _write_scores(file: Path, results: Sequence[TaskResult], about: dict[str, Any]) -> None:
+    """Keep the scores of these tasks, and those of others that stand there."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    tasks = [result.task for result in results]
+    write_json(
+        file, [entry for entry in before if entry["task"] not in tasks] + [result.summary() | about for result in results]
+    )
+
+
 def _run(
-    prepared: Prepared, loaded: Loaded | None, shelf: Shelf | None, on_items: Callable[[int, int], None] | None
+    prepared: Prepared,
+    loaded: Loaded | None,
+    shelf: Shelf | None,
+    on_items: Callable[[int, int], None] | None,
+    about: str,
 ) -> TaskResult:
     assert loaded is not None
-    if shelf is None:
-        return prepared.run(loaded, Ledger(prepared.items, on_items))
-    shelf.open()
-    result = prepared.run(loaded, Ledger(prepared.items, on_items, shelf.records))
-    shelf.close(result)
+    if shelf is not None:
+        shelf.open()
+    result = prepared.run(loaded, Ledger(prepared.items, on_items, shelf.records if shelf is not None else None))
+    result = replace(result, protocol=result.protocol + about)
+    if shelf is not None:
+        shelf.close(result)
     return result
 
 
@@ -202,12 +255,19 @@ def _shelves(
 ) -> dict[str, Shelf]:
     if output_dir is None:
         return {}
-    named = (model.adapter or model.base) if isinstance(model, Loaded) else model
-    examined: dict[str, Any] = {"model": named, "base": base, "dtype": dtype, "weights": _weights(named)}
+    named = _name_of(model)
+    examined = {"model": named, "base": base, "dtype": dtype, "version": version("bonetune")} | _weights(named, base)
     return {name: Shelf(Path(output_dir), name, examined | one.identity) for name, one in prepared.items()}
 
 
-def _weights(name: str) -> str | None:
-    """A fingerprint of the weights, where they are here."""
+def _name_of(model: str | Loaded) -> str:
+    return (model.adapter or model.base) if isinstance(model, Loaded) else model
+
+
+def _weights(name: str, base: str | None) -> dict[str, str | None]:
+    """Fingerprints of the weights, those of an adapter's base too; what lies on the hub is fetched, as it will have to be."""
     adapter = next((Path(name) / file for file in ADAPTER_FILES if (Path(name) / file).is_file()), None)
-    return sha256(adapter) if adapter is not None else fingerprint_of(name)
+    if adapter is None:
+        return {"weights": fingerprint_of(name, fetch=True)}
+    base = base or read_config(Path(name) / ADAPTER_CONFIG).get("base_model_name_or_path")
+    return {"weights": sha256(adapter), "base_weights": fingerprint_of(base, fetch=True) if base else None}

@@ -3,8 +3,11 @@
 from dataclasses import dataclass, replace
 from functools import partial
 
+from bonetune.evaluation.ledger import Ledger
+from bonetune.evaluation.result import TaskResult
 from bonetune.evaluation.rows import classification
 from bonetune.evaluation.task import Prepared, Request, Task
+from bonetune.models import Loaded
 
 _HUB = "nyu-mll/glue"
 
@@ -38,7 +41,23 @@ def _prepare(name: str, request: Request) -> Prepared:
         split=request.split or glue.split,
         dataset_field=request.dataset_field or (*glue.texts, "label"),
     )
-    return classification(request, f"glue:{name}", glue.score)
+    prepared = classification(request, f"glue:{name}", glue.score)
+    return replace(prepared, run=partial(_with_f1, prepared)) if name == "mrpc" else prepared
+
+
+def _with_f1(prepared: Prepared, loaded: Loaded, ledger: Ledger) -> TaskResult:
+    """MRPC's result with GLUE's F1, of the paraphrases: label 1, or the second of classes that have names.
+
+    The mean over the classes is `macro_f1`.
+    """
+    result = prepared.run(loaded, ledger)
+    numbered = all(record["expected"].isdigit() for record in result.records)
+    positive = "1" if numbered else loaded.model.config.id2label[1]
+    given, wanted = ([record[side] == positive for record in result.records] for side in ("output", "expected"))
+    found = sum(given) + sum(wanted)
+    f1 = 2 * sum(a and b for a, b in zip(given, wanted, strict=True)) / found if found else 0.0
+    others = {name: value for name, value in result.metrics.items() if name != "f1"}
+    return replace(result, metrics={"f1": f1, "macro_f1": result.metrics["f1"]} | others)
 
 
 TASKS = tuple(Task(f"glue:{name}", partial(_prepare, name), ("SEQ_CLS",)) for name in _GLUE)

@@ -77,35 +77,61 @@ def judge_metamath(output: str, row: Mapping[str, Any]) -> Record:
 
 _MARKER = re.compile(r"the answer is\b:?|####", re.IGNORECASE)
 _SIGNS = re.compile(r"\\?[$%\u20ac\u00a3\u00a5]|\*\*")  # dollar, percent, euro, pound, yen; bold face
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac *\{([^{}]*)\} *\{([^{}]*)\}")
+# One with a whole number before it, and one without. What is neither, or has a digit behind it, is left as it is.
+_LATEX_MIXED = re.compile(
+    r"(?<![\w.,/^])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+) *\\[cdt]?frac *\{ *([0-9]+) *\} *\{ *([0-9]+) *\}(?![0-9])"
+)
+_LATEX_FRACTION = re.compile(r"(?<![0-9])(?<![0-9] )\\[cdt]?frac *\{([^{}]*)\} *\{([^{}]*)\}(?![0-9])")
+_LATEX_LEFT = re.compile(r" *\\[cdt]?frac")
+_SPACES = re.compile(r"[\u00a0\u202f\u2009]|\\,")  # of no break, narrow, thin, LaTeX's thin one
+# 70 000, but not the 1 100 of 1 100/200, and no part of 12 345 67.
+_GROUPED = re.compile(r"(?<![\w.,/^])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9]| ?/ ?[0-9]| [0-9](?![0-9]* ?/ ?[0-9]))")
+# What stands behind 5 100 if these are two numbers: 100-dollar notes, 100g bars, 100 dollar notes (but not 100 dollars in all).
+_MEASURE = re.compile(r"[-\u2010\u2011\u2013]?[^\W\d_]| [^\W\d_]*[^\W\d_s] [^\W\d_]")
+_DASH = re.compile(r"[\u2012\u2013](?=\.?[0-9])")
+_SIGN_APART = re.compile(r"((?:^|=|\bis\b:?|[(\[{]) *)- +(?=\.?[0-9])", re.IGNORECASE)
 # Digits and whatever binds more digits to them: 1,234.5 and 1 1/2, but also 10:30, 3-4 and 1e5, which are no numbers here.
 _DIGITS = re.compile(
     r"(?<![\w.,/^-])(?P<sign>[-+]?)"
-    r"(?P<digits>(?:[0-9]+ (?=[0-9]+/[0-9]))?\.?[0-9](?:(?:[0-9.,:/^*\u00d7+-]|[eE](?=[-+]?[0-9]))*[0-9])?)"
+    r"(?P<digits>(?:[0-9]+(?:,[0-9]{3})* (?=[0-9]+/[0-9]))?\.?[0-9](?:(?:[0-9.,:/^*\u00d7+-]|[eE](?=[-+]?[0-9]))*[0-9])?)"
 )
 _PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_NUMBER = re.compile(rf"(?:([0-9]+) )?({_PLAIN})(?:/({_PLAIN}))?")
+_NUMBER = re.compile(rf"(?:([0-9]+|[0-9]{{1,3}}(?:,[0-9]{{3}})+) )?({_PLAIN})(?:/({_PLAIN}))?")
 
 
 def strict_answer(text: str) -> Fraction | None:
     r"""The number that an answer gives, exactly; None, which is wrong, if it gives none.
 
     It is the first number of the first line with something in it after the last "The answer is" (in upper or lower case,
-    with a colon or without) or "####". A number has a sign or none, thousands separated by commas or not (1,234 and 1234, but
-    not 12,34), a decimal point, and may be a fraction (1/2, 1 / 2, 1 1/2, \frac{1}{2}). Dollar, euro, pound, yen and percent
-    signs and bold face are left aside: $5, 5% and **5** are 5. If the first digits belong to something else (10:30, 3-4, 2^5,
-    1e5, 1.2.3), there is no answer; digits behind a letter (x2) are passed over.
+    with a colon or without) or "####". A number has a sign or none, thousands separated by commas, by spaces or not (1,234,
+    1 234 and 1234, but not 12,34), a decimal point, and may be a fraction (1/2, 1 / 2, 1 1/2, \frac{1}{2}, 1\frac{1}{2}).
+    Dollar, euro, pound, yen and percent signs and bold face are left aside: $5, 5% and **5** are 5. If the first digits belong
+    to something else (10:30, 3-4, 2^5, 1e5, 1.2.3), there is no answer; digits behind a letter (x2) are passed over.
+
+    * A minus sign, and an en or figure dash that touches the digits, are signs as a hyphen is. One with a space behind it is a
+      sign where no number can stand before it: at the beginning, after an opening bracket, "=" or "is". So 10 - 5 is 10, and a
+      line of its own that begins "- 5" is an item of a list: 5.
+    * A space parts thousands where exactly three digits follow, and no more. Where those measure something, they are a number
+      of their own: of 5 100-dollar notes, 5 100g bars, 5 $100 notes and 5 100 dollar notes it is 5. The last is told by a word
+      that does not end in s with another behind it, and no group that begins with 0.
     """
     markers = list(_MARKER.finditer(text))
     return _number(text[markers[-1].end() :]) if markers else None
 
 
 def _number(text: str) -> Fraction | None:
-    line = _SIGNS.sub("", text).strip().partition("\n")[0].replace("\u2212", "-").replace("{,}", ",")
-    line = re.sub(r"(?<=[0-9]) */ *(?=[0-9])", "/", _LATEX_FRACTION.sub(r"\1/\2", line))
+    # before the signs are left aside: 5 $100 notes
+    text = _SIGNS.sub("", _GROUPED.sub(_joined, _SPACES.sub(" ", text)))
+    line = text.strip().partition("\n")[0]
+    if "\n" in text[: len(text) - len(text.lstrip())]:
+        line = line.removeprefix("- ")
+    line = _DASH.sub("-", line.replace("\u2212", "-").replace("{,}", ","))
+    line = _LATEX_FRACTION.sub(r"\1/\2", _LATEX_MIXED.sub(r"\1 \2/\3", line))
+    line = _SIGN_APART.sub(r"\1-", re.sub(r"(?<=[0-9]) */ *(?=[0-9])", "/", line))
     found = _DIGITS.search(line)
     number = _NUMBER.fullmatch(found["digits"]) if found else None
-    if found is None or number is None:
+    left = _LATEX_LEFT.search(line)
+    if found is None or number is None or (left and left.start() <= found.end()):
         return None
     whole, numerator, denominator = ((part or "").replace(",", "") for part in number.groups())
     try:
@@ -113,6 +139,12 @@ def _number(text: str) -> Fraction | None:
     except (ZeroDivisionError, ValueError):  # Python reads no number of thousands of digits
         return None
     return -value if found["sign"] == "-" else value
+
+
+def _joined(found: re.Match[str]) -> str:
+    """Digits in groups of three without the spaces; as they are where they are several numbers."""
+    several = " 0" not in found[0] and _MEASURE.match(found.string, found.end())
+    return found[0] if several else found[0].replace(" ", "")
 
 
 def strict_reference(answer: str) -> Fraction:

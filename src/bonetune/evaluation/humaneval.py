@@ -16,7 +16,8 @@ from bonetune.data import PAPER_PROMPT
 from bonetune.errors import InputError
 from bonetune.evaluation.questions import Protocol, templated
 from bonetune.evaluation.result import Record
-from bonetune.evaluation.sandbox import Outcome, run_program
+from bonetune.evaluation.sandbox import Outcome, layers, run_program
+from bonetune.evaluation.sandbox_child import LANDLOCK, SECCOMP
 from bonetune.evaluation.task import Prepared, Request, Task
 from bonetune.models import cut
 
@@ -196,8 +197,6 @@ SECONDS = 10.0
 
 
 def _prompts(mode: Mode, rows: Sequence[Record], request: Request) -> list[str]:
-    # whether programs can be held back here is known before the model is loaded
-    run_program("", unsafe=request.unsafe_code)
     if mode == "completion" and request.prompt_template is not None:
         raise InputError("humaneval has a prompt of its own: leave prompt_template out, or take humaneval:instruct.")
     if mode == "completion":
@@ -205,7 +204,16 @@ def _prompts(mode: Mode, rows: Sequence[Record], request: Request) -> list[str]:
     return [templated(request, PAPER_PROMPT, instruction(row)) for row in rows]
 
 
+def _held_back(held: Sequence[str]) -> str:
+    if SECCOMP not in held:
+        return "without a sandbox (--unsafe-code)"
+    return "in a sandbox" if LANDLOCK in held else f"in a sandbox without {LANDLOCK} (files can be read)"
+
+
 def _prepare(mode: Mode, name: str, request: Request) -> Prepared:
+    # whether programs can be held back here is known before the model is loaded
+    where = _held_back(layers(unsafe=request.unsafe_code))
+
     def judged(output: str, row: Record) -> Record:
         program, outcome = judge(row, output, mode, seconds=SECONDS, unsafe=request.unsafe_code)
         ended = {"ended": outcome.status, "detail": outcome.detail}
@@ -213,7 +221,7 @@ def _prepare(mode: Mode, name: str, request: Request) -> Prepared:
 
     return Protocol(
         name=name,
-        description=f"{_DESCRIPTIONS[mode]}; pass@1 of programs run in a sandbox, {SECONDS:g} s each",
+        description=f"{_DESCRIPTIONS[mode]}; pass@1 of programs run {where}, {SECONDS:g} s of processor time each",
         fields=FIELDS,
         prompts=partial(_prompts, mode),
         judge=judged,

@@ -247,7 +247,7 @@ def _answer(
         done=[place for place, number in enumerate(fits) if number in done],
     )
     for batch in batches:
-        answers = {fits[place]: answer for place, answer in batch.items()}
+        answers = {fits[place]: answer.text for place, answer in batch.items()}
         ledger.add([kept(number, answer) for number, answer in answers.items() if number not in done])
 
 

@@ -7,9 +7,10 @@ from typing import Any
 from bonetune.errors import InputError
 from bonetune.evaluation.ledger import Ledger
 from bonetune.evaluation.result import Record, TaskResult
+from bonetune.evaluation.rows import cut_off
 from bonetune.evaluation.statistics import Proportion
 from bonetune.evaluation.task import Prepared, Request, Task, digest
-from bonetune.models import Loaded, generate_batches
+from bonetune.models import Answer, Loaded, generate_batches
 
 Prompts = Callable[[Sequence[Record], Request], list[str]]
 
@@ -73,7 +74,7 @@ class Protocol:
                 done=[row - 1 for row in ledger.records],
             )
             for batch in batches:
-                ledger.add([self._record(number, prompts[number], output, rows[number]) for number, output in batch.items()])
+                ledger.add([self._record(number, prompts[number], answer, rows[number]) for number, answer in batch.items()])
             return self._result(ledger.ordered, most, request)
 
         return Prepared(len(rows), {"rows": digest(rows)} | put, run)
@@ -92,18 +93,18 @@ class Protocol:
             except InputError as error:
                 raise InputError(f"{self.name}: row {number}: {error}") from error
 
-    def _record(self, number: int, prompt: str, output: str, row: Record) -> Record:
-        return {"row": number + 1, "prompt": prompt, "output": output} | self.judge(output, row)
+    def _record(self, number: int, prompt: str, answer: Answer, row: Record) -> Record:
+        told = {"row": number + 1, "prompt": prompt, "output": answer.text, "complete": answer.complete}
+        return told | self.judge(answer.text, row)
 
     def _result(self, records: list[Record], most: int, request: Request) -> TaskResult:
         share = Proportion.of([record["correct"] for record in records])
-        metrics: dict[str, float] = {}
+        metrics = cut_off(records)
         for name in self.also:
             other = Proportion.of([record[name] for record in records])
             low, high = other.interval
             metrics |= {name: other.value, f"{name}_low": low, f"{name}_high": high}
-        asked = "; the prompt template is the user's" if request.prompt_template is not None else ""
-        protocol = f"{self.name}: {self.description}; greedy, at most {most} new tokens{asked}"
+        protocol = f"{self.name}: {self.description}; greedy, at most {most} new tokens"
         return TaskResult(self.name, share.value, share.interval, share.total, records, metrics, protocol)
 
 

@@ -19,7 +19,7 @@ from bonetune.evaluation.task import Prepared, Request, Task, digest
 from bonetune.evaluation.trained_with import TrainedWith
 from bonetune.losses import check_loss, example_losses
 from bonetune.metrics import agreement
-from bonetune.models import Loaded, generate_batches
+from bonetune.models import Answer, Loaded, generate_batches
 
 UNLIMITED = 1 << 30  # tokens
 DEFAULT_NEW_TOKENS = 128
@@ -43,17 +43,23 @@ def exact_match(request: Request) -> Prepared:
             done=[row - 1 for row in ledger.records],
         )
         for batch in batches:
-            ledger.add([_matched(number, *pairs[number], output) for number, output in batch.items()])
+            ledger.add([_matched(number, *pairs[number], answer) for number, answer in batch.items()])
         records = ledger.ordered
         share = Proportion.of([record["correct"] for record in records])
-        return TaskResult("exact-match", share.value, share.interval, share.total, records, protocol=protocol)
+        return TaskResult("exact-match", share.value, share.interval, share.total, records, cut_off(records), protocol)
 
     return Prepared(len(rows), _identity(request, rows, row_format) | {"max_new_tokens": most}, run)
 
 
-def _matched(number: int, prompt: str, expected: str, output: str) -> Record:
-    correct = output.strip() == expected.strip()
-    return {"row": number + 1, "prompt": prompt, "output": output, "expected": expected, "correct": correct}
+def _matched(number: int, prompt: str, expected: str, answer: Answer) -> Record:
+    told = {"row": number + 1, "prompt": prompt, "output": answer.text, "complete": answer.complete}
+    return told | {"expected": expected, "correct": answer.text.strip() == expected.strip()}
+
+
+def cut_off(records: list[Record]) -> dict[str, float]:
+    """How many answers reached the limit of their tokens, if any did."""
+    count = sum(not record["complete"] for record in records)
+    return {"cut_off": float(count)} if count else {}
 
 
 def loss(request: Request) -> Prepared:

@@ -9,14 +9,16 @@ Each runs in a process of its own, a bare Python (`sandbox_child.py`) that gives
   cannot be read. It forbids writing once more, and from 6.7 on TCP.
 * No privileges: all capabilities are dropped, root's too, before that.
 * Limits: address space, processor time, open files, 4 KiB in files, no core dumps; and wall-clock time, at the end of which the
-  one process there is is killed, as it is when its parent dies.
+  one process there is is killed, as it is when its parent dies. Processor time judges a program, so that what else the machine
+  does does not: the wall-clock limit is three times as much and a second, for programs that wait.
 * A session of its own without a terminal, an environment of its own, nothing to read on the standard input, and no output kept.
 
-What is not prevented: a defect in the kernel, used through the calls that are left. Where there is no Landlock, a program can
-read what the user can, and 300 characters of an error reach the outcome's `detail`. That a file exists, its size and times can
-be seen always. Threads are as many as the memory allows. And a program can appear to pass that does not solve its problem: it
-shares a process with its tests, as in HumanEval's own harness, so that it can return an object that equals everything, or find
-in its memory the token by which its end is reported. Ending early, whatever the status, or writing to every file, is no pass.
+What is not prevented: a defect in the kernel, used through the calls that are left. Where there is no Landlock (see `layers`),
+a program can read what the user can, and 300 characters of an error reach the outcome's `detail`. That a file exists, its size
+and times can be seen always. Threads are as many as the memory allows. And a program can appear to pass that does not solve its
+problem: it shares a process with its tests, as in HumanEval's own harness, so that it can return an object that equals
+everything, or find in its memory the token by which its end is reported. Ending early, whatever the status, or writing to every
+file, is no pass.
 """
 
 import json
@@ -26,13 +28,11 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal
+from typing import Any, Literal
 
 from bonetune.errors import InputError
 from bonetune.evaluation.sandbox_child import REPORT_BYTES
@@ -47,13 +47,22 @@ class Outcome:
     """How a program ended.
 
     Args:
-        status: `passed`: it came to its end. `failed`: it raised an exception, or left before. `timeout`: it was still at it.
-            `killed`: it ended by a signal, as it does when the machine's memory or the stack is used up.
+        status: `passed`: it came to its end. `failed`: it raised an exception, or left before. `timeout`: it was at it longer
+            than it may be. `killed`: it ended by a signal, as it does when the machine's memory or the stack is used up.
         detail: the error in a line, for people; the program may have made it up. Empty if it passed.
     """
 
     status: Literal["passed", "failed", "timeout", "killed"]
     detail: str = ""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How the child ended: its status and processor time (None: it was killed at the wall clock's limit), what it reported."""
+
+    status: int
+    used: float | None
+    reported: bytes
 
 
 def run_program(source: str, *, seconds: float = 10.0, memory_bytes: int = 2**29, unsafe: bool = False) -> Outcome:
@@ -64,7 +73,8 @@ def run_program(source: str, *, seconds: float = 10.0, memory_bytes: int = 2**29
 
     Args:
         source: the program.
-        seconds: of wall-clock time, with the start of its Python, about 0.1.
+        seconds: of processor time, all threads together, with the start of its Python, about 0.1. By the wall clock it may take
+            `wall_seconds`.
         memory_bytes: of address space, for Python and the program.
         unsafe: run it also where the system has not what holds it back, with the limits alone. It can then do all that the
             user can, and leave processes behind.
@@ -76,13 +86,41 @@ def run_program(source: str, *, seconds: float = 10.0, memory_bytes: int = 2**29
         raise InputError(f"seconds should be above 0, got {seconds}.")
     if memory_bytes < LEAST_MEMORY:
         raise InputError(f"memory_bytes should be at least {LEAST_MEMORY}, which Python itself needs, got {memory_bytes}.")
+    token = secrets.token_hex(16)
+    ended = _child({"source": source, "token": token, "seconds": seconds, "memory_bytes": memory_bytes, "unsafe": unsafe})
+    if ended.used is None:
+        return Outcome("timeout", f"not at its end after {wall_seconds(seconds):g} s")
+    # the kernel ends a program at whole seconds, and rounds what it says of the time
+    by_the_limit = ended.status in (-signal.SIGKILL, -signal.SIGXCPU) and ended.used > 0.95 * seconds
+    if by_the_limit or ended.used > seconds:
+        return Outcome("timeout", f"not at its end after {seconds:g} s of processor time")
+    return _outcome(ended, token)
+
+
+def wall_seconds(seconds: float) -> float:
+    """How long a program with so many seconds of processor time may take by the wall clock."""
+    return 3 * seconds + 1
+
+
+def layers(*, unsafe: bool = False) -> tuple[str, ...]:
+    """What holds programs back on this system besides the limits: of "privileges", "Landlock" and "seccomp" those in force.
+
+    Args:
+        unsafe: tell it also of a system where `run_program` needs this to run anything.
+
+    Raises:
+        InputError: the system has not what holds a program back.
+    """
+    ended = _child({"source": None, "seconds": 10.0, "memory_bytes": 2**29, "unsafe": unsafe})
+    return tuple(ended.reported.decode().split())
+
+
+def _child(request: dict[str, Any]) -> _Ended:
+    """Have the child do what is asked. Raises `InputError` if it cannot."""
     if os.name != "posix":
         raise InputError(f"Programs that a model wrote cannot be run on {sys.platform}: do it on Linux, in a container.")
-    token = secrets.token_hex(16)
-    limits = {"seconds": seconds, "memory_bytes": memory_bytes, "unsafe": unsafe}
-    request = limits | {"source": source, "token": token, "parent": os.getpid()}
     with TemporaryFile() as asked, TemporaryFile() as report, TemporaryFile() as refusal:
-        asked.write(json.dumps(request).encode())
+        asked.write(json.dumps(request | {"parent": os.getpid()}).encode())
         asked.seek(0)
         process = subprocess.Popen(  # noqa: S603  (this Python and its own script)
             [sys.executable, "-sSPB", "-X", "utf8", str(_CHILD)],
@@ -93,45 +131,46 @@ def run_program(source: str, *, seconds: float = 10.0, memory_bytes: int = 2**29
             env={"PYTHONHASHSEED": "0"},
             start_new_session=True,
         )
+        used = None
         try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return Outcome("timeout", f"not at its end after {seconds:g} s")
+            used = _processor_time(process, wall_seconds(request["seconds"]))
         finally:
-            if process.poll() is None:
+            if used is None and process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            status = process.wait()
         refusal.seek(0)
         report.seek(0)
         refused, reported = refusal.read(REPORT_BYTES), report.read(REPORT_BYTES)
     if refused:
         raise InputError(
             f"Programs that a model wrote cannot be held back here: {_printable(refused)}. Run them on Linux, in a container, "
-            "or pass unsafe=True where nothing can be harmed."
+            "or pass --unsafe-code (in Python unsafe_code=True, to run_program unsafe=True) where nothing can be harmed."
         )
-    return _outcome(process.returncode, reported, token)
+    return _Ended(status, used, reported)
 
 
-def run_programs(
-    sources: Sequence[str],
-    *,
-    workers: int | None = None,
-    seconds: float = 10.0,
-    memory_bytes: int = 2**29,
-    unsafe: bool = False,
-) -> list[Outcome]:
-    """`run_program` for each program, so many at a time (None: as there are processors), outcomes in their order."""
-    run = partial(run_program, seconds=seconds, memory_bytes=memory_bytes, unsafe=unsafe)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        return list(pool.map(run, sources))
+def _processor_time(process: "subprocess.Popen[bytes]", seconds: float) -> float | None:
+    """Wait for a process; the processor time that it took, or None if it has not ended after so many seconds."""
+    end, pause = time.monotonic() + seconds, 0.001
+    while True:
+        # what subprocess waits by does not tell the time
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return usage.ru_utime + usage.ru_stime
+        left = end - time.monotonic()
+        if left <= 0:
+            return None
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, 0.05)
 
 
-def _outcome(status: int, reported: bytes, token: str) -> Outcome:
-    if status == 0 and reported == token.encode():
+def _outcome(ended: _Ended, token: str) -> Outcome:
+    if ended.status == 0 and ended.reported == token.encode():
         return Outcome("passed")
-    if status < 0:
-        return Outcome("killed", f"ended by signal {-status}, {signal.strsignal(-status) or 'unknown'}")
-    return Outcome("failed", _printable(reported) or f"left with status {status} before its end")
+    if ended.status < 0:
+        return Outcome("killed", f"ended by signal {-ended.status}, {signal.strsignal(-ended.status) or 'unknown'}")
+    return Outcome("failed", _printable(ended.reported) or f"left with status {ended.status} before its end")
 
 
 def _printable(said: bytes) -> str:

@@ -12,8 +12,11 @@ import signal
 import struct
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
+# The layers' names, as `sandbox.layers` tells them.
+PRIVILEGES, LANDLOCK, SECCOMP = "privileges", "Landlock", "seccomp"
 DETAIL = 300  # characters of an error
 REPORT_BYTES = 4096
 OPEN_FILES = 64
@@ -187,8 +190,8 @@ def _prctl(option: int, *arguments: Any) -> None:
         raise Unavailable(f"prctl({option}) fails: {_error()}")
 
 
-def confine(parent: int) -> None:
-    """All layers but the limits, from the outermost to the one that lets none be changed.
+def confine(parent: int) -> Iterator[str]:
+    """All layers but the limits, from the outermost to the one that lets none be changed; each is named once it is in force.
 
     Args:
         parent: the process that waits for this one, which is not to outlive it.
@@ -202,8 +205,11 @@ def confine(parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     give_up_privileges()
-    restrict_files(readable())
+    yield PRIVILEGES
+    if restrict_files(readable()):
+        yield LANDLOCK
     restrict_calls()
+    yield SECCOMP
     try:
         with open(os.__file__, "rb"):
             pass
@@ -241,21 +247,29 @@ def _told(error: BaseException) -> str:
 
 
 def main() -> NoReturn:
-    """Read what is asked on the standard input, say on the standard error why it cannot be done, or do it."""
+    """Read what is asked on the standard input, say on the standard error why it cannot be done, or do it.
+
+    Without a program, it reports the names of the layers in force, a line each.
+    """
     request = json.load(sys.stdin.buffer)
     report, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    layers: list[str] = []
     try:
         limit(resource.RLIMIT_CORE, 0)
         limit(resource.RLIMIT_FSIZE, REPORT_BYTES)
         limit(resource.RLIMIT_NOFILE, OPEN_FILES)
-        limit(resource.RLIMIT_CPU, math.ceil(request["seconds"]) + 1)
+        limit(resource.RLIMIT_CPU, math.ceil(request["seconds"]))
         limit(resource.RLIMIT_AS, request["memory_bytes"])
-        confine(request["parent"])
+        for layer in confine(request["parent"]):
+            layers.append(layer)  # noqa: PERF402  (those before one that fails are kept)
     except (Unavailable, ValueError, OSError) as error:
         if not request["unsafe"]:
             sys.stderr.write(str(error))
             sys.stderr.flush()
             os._exit(1)
+    if request["source"] is None:
+        os.write(report, "\n".join(layers).encode())
+        os._exit(0)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
     sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,6 +1,7 @@
 """Tasks on plain text: perplexity, and forgetting, the rise of the loss that fine-tuning on something else has brought."""
 
 import math
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,8 +32,8 @@ def perplexity(request: Request) -> Prepared:
         low, high = bootstrap(*weighted(records, [record["loss"] for record in records]))
         return TaskResult(
             "perplexity",
-            math.exp(loss),
-            (math.exp(low), math.exp(high)),
+            _exp(loss),
+            (_exp(low), _exp(high)),
             len(records),
             records,
             {"loss": loss, "bits_per_byte": nats / math.log(2) / size},
@@ -83,7 +84,8 @@ def losses_of_base(loaded: Loaded, texts: list[str], request: Request, ledger: L
     if hasattr(loaded.model, "disable_adapter"):
         within = loaded.model.disable_adapter()
     elif request.base is not None:
-        loaded = load_model(request.base, **request.options)
+        dtype = str(loaded.model.dtype).removeprefix("torch.")  # what is rounded differently is not forgotten
+        loaded = load_model(request.base, dtype, trust_remote_code=bool(request.options.get("trust_remote_code")))
     else:
         raise InputError(f"forgetting is measured against the base model, and {loaded.base} has no adapter: name it with base.")
     with within:
@@ -117,4 +119,8 @@ def _texts(request: Request, task: str) -> tuple[list[str], dict[str, Any]]:
     return texts, {"rows": digest(texts), "batch_size": request.batch_size}
 
 
-TASKS = (Task("perplexity", perplexity), Task("forgetting", forgetting))
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
+
+
+TASKS = (Task("perplexity", perplexity, ("CAUSAL_LM",)), Task("forgetting", forgetting, ("CAUSAL_LM",)))

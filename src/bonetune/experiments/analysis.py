@@ -15,6 +15,7 @@ from bonetune.experiments.findings import (
     BETTER,
     BROKEN,
     FORGETTING,
+    NO_SPREAD,
     NONE_FOUND,
     TOO_FEW,
     WORSE,
@@ -37,6 +38,8 @@ LEVEL = 0.05
 FEWEST_SEEDS = 3
 # Differences smaller than this are rounding: scores are computed from the same items in the same way.
 _NOUGHT = 1e-12
+# What a record says of the item itself, the same whatever was answered.
+_OF_ITEMS = ("row", "supervised_tokens", "task", "prompt", "questions", "expected")
 
 Sweeps = Mapping[str, Mapping[float, Outcome]]
 Counting = Mapping[str, Mapping[int, Outcome]]
@@ -216,7 +219,8 @@ def _difference(method: str, reference: str, test: Test, counting: Counting) -> 
         right, other = (np.concatenate(side) for side in zip(*answers, strict=True))
         only_method, only_reference = int((right & ~other).sum()), int((other & ~right).sum())
         mcnemar = sign_test(other.tolist(), right.tolist())
-    decided = len(values) >= FEWEST_SEEDS and not broken
+    enough = len(values) >= FEWEST_SEEDS
+    p = t_test(values) if enough and not broken else None
     return Difference(
         method=method,
         reference=reference,
@@ -225,12 +229,12 @@ def _difference(method: str, reference: str, test: Test, counting: Counting) -> 
         mean=statistics.fmean(values),
         interval=t_interval(values),
         bootstrap=two_level_bootstrap(groups) if counts and len(groups) > 1 else None,
-        p=t_test(values) if decided else None,
+        p=p,
         adjusted_p=None,
         only_method=only_method,
         only_reference=only_reference,
         mcnemar_p=mcnemar,
-        verdict=BROKEN if broken else TOO_FEW,
+        verdict=BROKEN if broken else NO_SPREAD if enough else TOO_FEW,  # unless `_judged` finds a p to judge by
     )
 
 
@@ -243,8 +247,11 @@ def _paired(mine: TaskResult | None, other: TaskResult | None) -> tuple[Items, I
 
 
 def _same_items(mine: TaskResult, other: TaskResult) -> bool:
-    rows = [[(record.get("row"), record.get("supervised_tokens")) for record in result.records] for result in (mine, other)]
-    return rows[0] == rows[1]
+    if len(mine.records) != len(other.records):
+        return False
+    # what one of them does not tell is not held against it
+    pairs = zip(mine.records, other.records, strict=True)
+    return all(a[name] == b[name] for a, b in pairs for name in _OF_ITEMS if name in a and name in b)
 
 
 def _judged(difference: Difference, adjusted: float | None, test: Test) -> Difference:

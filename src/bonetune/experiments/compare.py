@@ -1,17 +1,17 @@
 """`bonetune compare`: choose each method's learning rate, make the runs that count, and say what they show."""
 
 import contextlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bonetune.errors import InputError, RunError
 from bonetune.evaluation.evaluate import prepare
+from bonetune.evaluation.task import digest
 from bonetune.evaluation.trained_with import TrainedWith
 from bonetune.experiments.engines import Engine, Job, engine
 from bonetune.experiments.findings import Analysis, Question
+from bonetune.experiments.folder import SETTINGS_FILE, check_folder, claimed
 from bonetune.experiments.matching import Sized, reference_of, sized
 from bonetune.experiments.outcome import Outcome, Trial, read_curve
 from bonetune.experiments.page import REPORT_FILE
@@ -19,11 +19,9 @@ from bonetune.experiments.report import write_report
 from bonetune.experiments.settings import Comparison, load_comparison
 from bonetune.experiments.tables import RESULTS_FILE
 from bonetune.experiments.trial import RUNS, folder_of, known_outcome, perform
-from bonetune.files import usable_folder, write_text
+from bonetune.formats.checkpoint import fingerprint_of
 from bonetune.training import plan
 from bonetune.training.config import RunConfig
-
-SETTINGS_FILE = "comparison.yaml"
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,8 @@ class _Sweep:
     most: int
     fixed: bool
 
-    @property
-    def pending(self) -> list[float]:
-        """Rates to try next."""
+    def grow(self) -> list[float]:
+        """Rates to try next: those of the grid that have no run, else one beyond its edge where that is the best."""
         missing = [rate for rate in self.rates if rate not in self.outcomes]
         if missing or self.fixed or len(self.rates) >= self.most:
             return missing
@@ -113,36 +110,64 @@ class MethodPlan:
     described: str
 
 
-def plan_comparison(comparison: Comparison) -> list[MethodPlan]:
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """A comparison that has passed all checks before its first run.
+
+    Args:
+        methods: with their sizes and first rates.
+        data: fingerprints of the model, of the rows that are trained on, and of those of each examination.
+    """
+
+    methods: list[MethodPlan]
+    data: dict[str, str | None]
+
+    @property
+    def sizes(self) -> dict[str, Sized]:
+        """The methods' sizes, by name."""
+        return {method.sized.name: method.sized for method in self.methods}
+
+
+def plan_comparison(comparison: Comparison) -> ComparisonPlan:
     """Check all that can be checked before the first run: every run's settings, the model, the data, the tasks.
 
     Nothing is written. Raises `InputError` as `compare` does.
     """
     sizes = sized(comparison)
-    plans = []
+    methods = []
     for name, size in sizes.items():
-        config = comparison.run(name, size.r, 1e-4, comparison.sweep_seed, folder_of(comparison, Trial(name, 1e-4, 0)))
-        plans.append(MethodPlan(size, comparison.grid(name, config), config.method_in_words))
+        config = comparison.run(name, size.r, 1e-4, comparison.sweep_seed, Path(comparison.output_dir) / RUNS)
+        methods.append(MethodPlan(size, comparison.grid(name, config), config.method_in_words))
     first = next(iter(sizes))
     planned = plan(comparison.run(first, sizes[first].r, 1e-4, comparison.sweep_seed, Path(comparison.output_dir) / "plan"))
     run = TrainedWith(
         planned.config.model_dump(mode="json"), planned.row_format.kind, planned.row_format.fields, planned.opened
     )
+    data = {"model": fingerprint_of(planned.config.model_name_or_path, fetch=True), "train": planned.train.fingerprint()}
     examinations = [comparison.validation, *comparison.tests, *([comparison.text] if comparison.text else [])]
-    for examination in examinations:
-        prepare(examination.tasks, task_type=planned.config.task_type, run=run, **examination.arguments())
-    return plans
+    for place, examination in enumerate(examinations):
+        prepared = prepare(examination.tasks, task_type=planned.config.task_type, run=run, **examination.arguments())
+        for task, one in prepared.items():
+            data["validation" if not place else examination.called(task)] = digest(one.identity)
+    return ComparisonPlan(methods, data)
 
 
-def make_runs(comparison: Comparison, *, on_run: Callable[[Progress], None] | None = None, make: Engine | None = None) -> Runs:
+def make_runs(
+    comparison: Comparison,
+    *,
+    on_run: Callable[[Progress], None] | None = None,
+    make: Engine | None = None,
+    sizes: dict[str, Sized] | None = None,
+) -> Runs:
     """Make the runs that are not there yet.
 
     Args:
         comparison: the settings.
         on_run: called after each run.
         make: what makes them; None takes the engine that the settings name.
+        sizes: the methods', where they are known.
     """
-    sizes = sized(comparison)
+    sizes = sizes or sized(comparison)
     with contextlib.ExitStack() as stack:
         chosen = make or stack.enter_context(engine(comparison))
         progress = _Progress(on_run)
@@ -165,7 +190,7 @@ def _swept(comparison: Comparison, sizes: dict[str, Sized], make: Engine, progre
             sweeps[name] = _Sweep(rates, {}, comparison.most_rates, fixed=len(rates) == 1)
     while True:
         open_ones = {name: sweep for name, sweep in sweeps.items() if not sweep.fixed}
-        trials = [Trial(name, rate, comparison.sweep_seed) for name, sweep in open_ones.items() for rate in sweep.pending]
+        trials = [Trial(name, rate, comparison.sweep_seed) for name, sweep in open_ones.items() for rate in sweep.grow()]
         if not trials:
             return sweeps
         for trial, outcome in zip(trials, _made(comparison, sizes, trials, False, make, progress), strict=True):
@@ -257,14 +282,24 @@ def compare(
         >>> print(*result.analysis.summary, sep="\n")
     """
     comparison = load_comparison(config, overrides)
-    with claimed(comparison, resume=resume, overwrite=overwrite) as folder:
-        runs = make_runs(comparison, on_run=on_run)
-        curves = {
-            name: {seed: read_curve(folder_of(comparison, outcome.trial)) for seed, outcome in made.items()}
-            for name, made in runs.counting.items()
-        }
-        analysis = write_report(folder, _question(runs), runs.sweeps, runs.rates, runs.counting, curves)
+    check_folder(comparison, resume=resume, overwrite=overwrite)
+    with engine(comparison) as make:
+        (_, planned), *_ = make([(plan_comparison, (comparison,), {})])  # the model is loaded elsewhere, and is gone then
+        with claimed(comparison, planned.data, resume=resume, overwrite=overwrite):
+            runs = make_runs(comparison, on_run=on_run, make=make, sizes=planned.sizes)
+            analysis = _reported(runs)
+    folder = Path(comparison.output_dir)
     return ComparisonResult(analysis, folder / REPORT_FILE, folder / RESULTS_FILE)
+
+
+def _reported(runs: Runs) -> Analysis:
+    """Write the report; what it says is returned."""
+    curves = {
+        name: {seed: read_curve(folder_of(runs.comparison, outcome.trial)) for seed, outcome in made.items()}
+        for name, made in runs.counting.items()
+    }
+    folder = Path(runs.comparison.output_dir)
+    return write_report(folder, _question(runs), runs.sweeps, runs.rates, runs.counting, curves)
 
 
 def _question(runs: Runs) -> Question:
@@ -301,66 +336,3 @@ def _facts(comparison: Comparison, config: RunConfig) -> list[tuple[str, str]]:
         ("rates chosen by", f"{comparison.validation.tasks[0]} on {comparison.validation.data or 'its own data'}"),
         ("tests", ", ".join(test.called(task) for test in comparison.tests for task in test.tasks)),
     ]
-
-
-# What may differ when a comparison goes on: what it is called and compared with, which methods and seeds there are besides.
-_MAY_CHANGE = {
-    "title",
-    "description",
-    "methods",
-    "against",
-    "seeds",
-    "most_rates",
-    "keep_weights",
-    "engine",
-    "parallel",
-    "resources",
-}
-
-
-@contextlib.contextmanager
-def claimed(comparison: Comparison, *, resume: bool, overwrite: bool) -> Iterator[Path]:
-    """The comparison's folder, this process's alone while it is open.
-
-    Raises:
-        InputError: it holds another comparison, or one and the user has not said what to do with it.
-        RunError: another process is at it.
-    """
-    import fcntl
-
-    folder = Path(comparison.output_dir)
-    usable_folder(folder, "output_dir")
-    if resume and overwrite:
-        raise InputError("--resume goes on with the comparison in output_dir, --overwrite throws it away: pass one of them.")
-    file = folder / SETTINGS_FILE
-    if file.is_file() and not (resume or overwrite):
-        raise InputError(f"output_dir {folder} already holds a comparison: pass --resume or --overwrite, or choose another.")
-    if file.is_file() and resume:
-        _check_same(load_comparison(file), comparison, file)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"Another process is making the runs in {folder}: wait for it, or end it.") from error
-        if overwrite:
-            shutil.rmtree(folder / RUNS, ignore_errors=True)
-        write_text(file, comparison.to_yaml())
-        yield folder
-
-
-def _check_same(before: Comparison, now: Comparison, file: Path) -> None:
-    changed = [
-        f"{name} ({value!r:.80}, now {getattr(now, name)!r:.80})"
-        for name in Comparison.model_fields
-        if name not in _MAY_CHANGE and (value := getattr(before, name)) != getattr(now, name)
-    ]
-    for name, method in now.methods.items():
-        earlier = before.methods.get(name)
-        if earlier is not None and earlier.settings != method.settings:
-            changed.append(f"methods.{name} ({earlier.settings!r:.80}, now {method.settings!r:.80})")
-    if changed:
-        raise InputError(
-            f"The comparison in {file.parent} was started with other settings: {'; '.join(changed)}. Choose another "
-            "output_dir, or pass --overwrite."
-        )

@@ -40,7 +40,7 @@ def _processes(comparison: Comparison) -> Iterator[Engine]:
             except BrokenProcessPool as error:
                 raise RunError(
                     "A run's process was ended from outside; with little memory, the system does that. What is done is kept: "
-                    "the same command goes on from there."
+                    "--resume goes on from there."
                 ) from error
 
     try:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from bonetune.evaluation.statistics import t_interval
 
 BETTER, WORSE, NONE_FOUND = "better", "worse", "no difference found"
-TOO_FEW, BROKEN = "too few seeds to tell", "a run diverged"
+TOO_FEW, BROKEN, NO_SPREAD = "too few seeds to tell", "a run diverged", "no spread to judge by"
 FORGETTING = "forgetting"
 
 Interval = tuple[float, float]
@@ -173,7 +173,8 @@ class Difference:
         adjusted_p: by Holm's rule over the methods compared with this reference by this test.
         only_method, only_reference: items that one alone got right, over all seeds; None where the score is no share.
         mcnemar_p: of those two counts: whether these models differ, not whether the methods do.
-        verdict: by the adjusted p at 5%, with three seeds at least and no run of either that diverged.
+        verdict: by the adjusted p at 5%, with three seeds at least, no run of either that diverged, and differences that are
+            not all the same (but 0): else why nothing is decided.
     """
 
     method: str

@@ -117,9 +117,13 @@ class _Counting:
     def nearest(self, name: str, target: int) -> int:
         """The size at which the count comes nearest to `target`, the smaller one of two that do alike.
 
-        A baseline may have any rank. A variant's shards have to fit the layers, and only sizes that do are tried.
+        A baseline may have any rank, but PEFT's BAT, and shards have to fit the layers: only sizes that do are tried.
         """
         config = self.config(name, 1)
+        if config.baseline == "miss-bat":
+            layers = [layer for layer in self.adapted(config).modules() if hasattr(layer, "miss_block")]
+            largest = math.gcd(*(side for layer in layers for side in (layer.in_features, layer.out_features)))
+            return min((r for r in range(1, largest + 1) if not largest % r), key=lambda r: abs(self.of(name, r) - target))
         if config.baseline is not None:
             one, two = self.of(name, 1), self.of(name, 2)
             ideal = 1 + (target - one) / (two - one)  # a count is a + b r

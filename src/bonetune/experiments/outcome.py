@@ -30,7 +30,7 @@ class Trial:
     @property
     def name(self) -> str:
         """Its folder's name."""
-        return f"{self.method.replace('/', '-')}-lr{self.learning_rate:g}-seed{self.seed}"
+        return f"{self.method}-lr{self.learning_rate!r}-seed{self.seed}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from bonetune.experiments import wording
 from bonetune.experiments.curves import Curve
 from bonetune.experiments.drawing import Forest, figures, forest
-from bonetune.experiments.findings import BETTER, BROKEN, TOO_FEW, WORSE, Analysis, Difference, Test
+from bonetune.experiments.findings import BETTER, BROKEN, NO_SPREAD, TOO_FEW, WORSE, Analysis, Difference, Test
 from bonetune.experiments.sentences import READING, RULE
 from bonetune.experiments.tables import columns_of_sweep, tried
 from bonetune.files import write_text
@@ -20,7 +20,7 @@ from bonetune.files import write_text
 REPORT_FILE = "report.html"
 # Colours of the palette; methods beyond have them again, dashed.
 COLOURS = 7
-_CLASS = {BETTER: "better", WORSE: "worse", TOO_FEW: "open", BROKEN: "open"}
+_CLASS = {BETTER: "better", WORSE: "worse", TOO_FEW: "open", BROKEN: "open", NO_SPREAD: "open"}
 
 
 @dataclass(frozen=True)

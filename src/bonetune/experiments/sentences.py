@@ -6,6 +6,7 @@ from bonetune.experiments.findings import (
     BETTER,
     BROKEN,
     FORGETTING,
+    NO_SPREAD,
     NONE_FOUND,
     TOO_FEW,
     WORSE,
@@ -30,13 +31,20 @@ from bonetune.experiments.wording import (
 UNMATCHED = 0.05
 # More names than this are counted in the first sentence.
 _NAMED = 4
+# Verdicts that decide nothing, in words.
+_UNDECIDED = {
+    TOO_FEW: TOO_FEW,
+    NO_SPREAD: "no spread to judge by, as every seed differs by the same",
+    BROKEN: "not decided, as a run diverged",
+}
 # By how much is said of so many methods, those furthest from the reference.
 _AMOUNTS = 3
 RULE = (
     "A method is called better or worse than a reference if a paired t-test over the seeds tells them apart at 5%, after "
-    "Holm's correction for all methods compared with that reference by that test. It takes three seeds at least, and no run of "
-    "either that diverged. Everything else is no difference found, which is not the same as being equal: the interval says "
-    "how large a difference may have gone unseen."
+    "Holm's correction for all methods compared with that reference by that test. It takes three seeds at least, no run of "
+    "either that diverged, and a spread: where every seed differs by the same, and not by 0, there is no spread to judge by. "
+    "Everything else is no difference found, which is not the same as being equal: the interval says how large a difference "
+    "may have gone unseen."
 )
 _PAIRING = (
     "Each difference is the method minus the reference, on the same test items with the same seed: the mean over the seeds "
@@ -83,13 +91,10 @@ def _headline(found: Analysis) -> str:
     pairs = [difference for of_test in by_test.values() for own in of_test.values() for difference in own]
     if not pairs:
         return "There is nothing to compare: no two methods share a seed."
-    decided = [d for d in pairs if d.verdict not in (TOO_FEW, BROKEN)]
+    decided = [d for d in pairs if d.verdict not in _UNDECIDED]
     left = len(pairs) - len(decided)
-    if not decided and all(d.verdict == BROKEN for d in pairs):
-        return "Nothing is decided: in every comparison, a run of one of the methods diverged."
     if not decided:
-        most = max(len(d.by_seed) for d in pairs)
-        return f"Nothing is decided: methods share {most} seed{'s' * (most != 1)}, and it takes three to tell a difference."
+        return f"Nothing is decided: {_undecided(pairs)}."
     rest = f" {left} more {'is' if left == 1 else 'are'} not decided." if left else ""
     told = [sentence for test, of_test in by_test.items() if (sentence := _told_apart(test, of_test))]
     if not told:
@@ -99,6 +104,24 @@ def _headline(found: Analysis) -> str:
     none = sum(d.verdict == NONE_FOUND for d in decided)
     others = f" In {none} of {len(decided)} comparisons, no difference is found." if none else ""
     return f"{' '.join(told)}{others}{rest}"
+
+
+def _undecided(pairs: Sequence[Difference]) -> str:
+    """Why none of them is decided."""
+    reasons = {verdict: [len(d.by_seed) for d in pairs if d.verdict == verdict] for verdict in _UNDECIDED}
+    if len(reasons[BROKEN]) == len(pairs):
+        return "in every comparison, a run of one of the methods diverged"
+    few = reasons[TOO_FEW]
+    most = f"{'at most ' * (len(set(few)) > 1)}{max(few, default=0)} seed{'s' * (max(few, default=0) != 1)}"
+    words = {
+        TOO_FEW: f"methods share {most}, and it takes three to tell a difference",
+        NO_SPREAD: "every seed differs by the same, which leaves no spread to judge by",
+        BROKEN: "a run of one of the methods diverged",
+    }
+    told = [(len(own), words[verdict]) for verdict, own in reasons.items() if own]
+    if len(told) == 1:
+        return told[0][1]
+    return "; ".join(f"in {count} comparison{'s' * (count != 1)}, {why}" for count, why in told)
 
 
 def _told_apart(test: str, of_test: Mapping[str, Sequence[Difference]]) -> str:
@@ -125,7 +148,7 @@ def _against(found: Analysis, test: Test, reference: str) -> str:
             parts.append(f"{verdict}: {amounts}{f' and {len(own) - _AMOUNTS} more' if len(own) > _AMOUNTS else ''}")
     if none := [d for d in pairs if d.verdict == NONE_FOUND]:
         parts.append(f"no difference found: {listed([quoted(d.method) for d in none])}{_reach(none, test)}")
-    for verdict, words in ((TOO_FEW, TOO_FEW), (BROKEN, "not decided, as a run diverged")):
+    for verdict, words in _UNDECIDED.items():
         if names := [quoted(d.method) for d in pairs if d.verdict == verdict]:
             parts.append(f"{words}: {listed(names)}")
     word = unit(test.kind, difference=True)
@@ -218,8 +241,8 @@ def remarks(found: Analysis, unlike: Mapping[str, Sequence[int]]) -> list[str]:
             f"Not all methods were examined by {test} on the same items with seed{'s' * (len(seeds) > 1)} {which}: those "
             "differences are not paired item by item."
         )
-    for d in found.differences:
-        if len(d.by_seed) > 2 and d.verdict == TOO_FEW:
+    for d in (d for test in found.tests for reference in _references(found) for d in _pairs(found, test, reference)):
+        if d.verdict == NO_SPREAD:
             told.append(
                 f"{d.test}: {quoted(d.method)} and {quoted(d.reference)} differ by the same with every seed, which leaves no "
                 "spread to judge by."

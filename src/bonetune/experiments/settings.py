@@ -1,5 +1,6 @@
 """The settings of a comparison: which methods, at which learning rates, with which seeds, on what, measured how."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ BASELINE_RATES: dict[str, tuple[float, ...]] = {
     "miss-bat": (1e-4, 2e-4, 4e-4),
 }
 METHODS = (*VARIANTS, *BASELINE_RATES)
+_NAME = re.compile(r"[\w+-][\w.+-]*")
 # Settings of a run that a comparison decides itself.
 _DECIDED = ("output_dir", "learning_rate", "seed", "report_to", "run_name")
 
@@ -133,6 +135,8 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
         for label, name in [("match", self.match), *(("against", name) for name in self.against)]:
             if name is not None and name not in self.methods:
                 raise ValueError(f"{label} names {name!r}, which is not among the methods {', '.join(self.methods)}")
+        if wrong := [name for name in self.methods if not _NAME.fullmatch(name)]:
+            raise ValueError(f"methods.{wrong[0]}: a name is of letters, digits and . _ + -, for folders bear it")
         for name, method in self.methods.items():
             if method.rate_of is not None and (method.rate_of not in self.methods or method.learning_rates is not None):
                 raise ValueError(f"methods.{name}.rate_of: name another method, and leave learning_rates out")

@@ -96,7 +96,8 @@ def run_trial(comparison: Comparison, trial: Trial, r: int | None, *, counts: bo
     folder = folder_of(comparison, trial)
     config = comparison.run(trial.method, r, trial.learning_rate, trial.seed, folder)
     identity = identity_of(comparison, trial, r, counts=counts)
-    facts = {"identity": identity, "environment": environment() | {"commit": (git_state(Path.cwd()) or {}).get("commit")}}
+    commit = (git_state(Path(__file__).parent) or {}).get("commit")
+    facts = {"identity": identity, "environment": environment() | {"commit": commit}}
     try:
         _trained(config, folder, identity)
     except DivergedError as error:

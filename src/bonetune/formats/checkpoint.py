@@ -231,10 +231,10 @@ def open_checkpoint(name: str, *, fetch: bool = True) -> Checkpoint | PthCheckpo
     return PthCheckpoint(Path(name)) if is_pth(name) else Checkpoint(local_folder(name, fetch=fetch))
 
 
-def fingerprint_of(name: str) -> str | None:
-    """The fingerprint of a model of which the files are here, safetensors or `.pth`; None of any other. Nothing is fetched."""
+def fingerprint_of(name: str, *, fetch: bool = False) -> str | None:
+    """The fingerprint of a model, of its safetensors or `.pth`; None if it has none, or is not here and `fetch` forbids it."""
     try:
-        return open_checkpoint(name, fetch=False).fingerprint
+        return open_checkpoint(name, fetch=fetch).fingerprint
     except InputError:
         return None
 

@@ -1,7 +1,7 @@
 """From a name or path to a model with its tokenizer."""
 
 from bonetune.models.compilation import compiled_layers
-from bonetune.models.generation import cut, generate, generate_batches, input_tokens
+from bonetune.models.generation import Answer, cut, generate, generate_batches, input_tokens
 from bonetune.models.greedy import decode, end_tokens, greedy
 from bonetune.models.packed_attention import packed_attention, packing_obstacle
 from bonetune.models.resolve import (
@@ -21,6 +21,7 @@ from bonetune.models.smollm import smollm2
 __all__ = [
     "AUTO_CLASSES",
     "CLASSIFIERS_HEADS",
+    "Answer",
     "Loaded",
     "check_trust",
     "compiled_layers",

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from bonetune.data import prompt_tokens
 from bonetune.errors import InputError
-from bonetune.models.greedy import greedy
+from bonetune.models.greedy import end_tokens, greedy
 
 
 def generate(
@@ -33,7 +34,7 @@ def generate(
         max_new_tokens: where a continuation ends at the latest; earlier if the model takes no more tokens.
         opened: whether the prompts are a chat template's, which opens a text itself.
         stop: texts at the first of which a continuation ends; it is left out.
-        batch_size: prompts at a time; prompts of like length go together.
+        batch_size: prompts at a time; prompts of like length go together, the longest first.
         on_batch: called with the number of prompts done since the last call.
 
     Raises:
@@ -43,10 +44,17 @@ def generate(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "opened": opened, "stop": stop}
     for batch in generate_batches(model, tokenizer, prompts, **settings):
         for number, answer in batch.items():
-            answers[number] = answer
+            answers[number] = answer.text
         if on_batch is not None:
             on_batch(len(batch))
     return answers
+
+
+class Answer(NamedTuple):
+    """What a prompt was answered with, and whether the answer came to its end: else it was cut off."""
+
+    text: str
+    complete: bool
 
 
 @torch.inference_mode()
@@ -61,11 +69,12 @@ def generate_batches(
     stop: Sequence[str] = (),
     cut_left: bool = False,
     done: Collection[int] = (),
-) -> Iterator[dict[int, str]]:
-    """The answers of `generate` batch by batch, each under the number of its prompt.
+) -> Iterator[dict[int, Answer]]:
+    """The answers of `generate` batch by batch, each under the number of its prompt; the longest prompts first.
 
     Which prompts go together depends on all of them, and `done` only leaves out the batches that are in it: an answer is the
-    same, to the last digit, whether one goes on from what is done or begins anew.
+    same, to the last digit, whether one goes on from what is done or begins anew. Prompts that leave their answers less room
+    than `max_new_tokens` go together with those alone that leave as much, so that no answer is shortened by another's prompt.
 
     With `cut_left`, a prompt that is too long loses its beginning, so that `max_new_tokens` may follow it.
     """
@@ -79,21 +88,25 @@ def generate_batches(
             f"Prompt {number + 1} has {len(ids[number])} tokens, and the model takes {room} with its answer ({len(too_long)} "
             f"of {len(ids)} prompts are too long): leave such prompts out, or shorten them."
         )
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    most = [int(min(max_new_tokens, room - len(tokens))) for tokens in ids]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            if not all(number in done for number in batch):
-                most = int(min(max_new_tokens, room - max(len(ids[i]) for i in batch)))
-                texts = _answers(model, tokenizer, [ids[i] for i in batch], most, stop)
-                yield dict(zip(batch, texts, strict=True))
+        for _, alike in groupby(order, key=lambda i: most[i]):
+            for batch in _batched(list(alike), batch_size):
+                if not all(number in done for number in batch):
+                    answers = _answers(model, tokenizer, [ids[i] for i in batch], most[batch[0]], stop)
+                    yield dict(zip(batch, answers, strict=True))
     finally:
         model.train(was_training)
 
 
-def _answers(model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+def _batched(numbers: list[int], size: int) -> Iterator[list[int]]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+def _answers(model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[Answer]:
     """What one batch of prompts is answered with."""
     encoder_decoder = model.config.is_encoder_decoder
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -103,8 +116,11 @@ def _answers(model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: i
     mask = torch.tensor([_filled([1] * len(tokens), 0, longest, side) for tokens in ids], device=model.device)
     begin = 0 if encoder_decoder else longest
     watching = {"stopping_criteria": StoppingCriteriaList([_Stop(tokenizer, stop, begin)])} if stop else {}
-    out = greedy(model, tokenizer, rows, mask, max_new_tokens, **watching)
-    return [cut(tokenizer.decode(row[begin:], skip_special_tokens=True), stop) for row in out]
+    out = greedy(model, tokenizer, rows, mask, max_new_tokens, **watching)[:, begin:]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in out]
+    ends = torch.tensor(end_tokens(model, tokenizer), device=out.device)
+    ended = torch.isin(out[:, int(encoder_decoder) :], ends).any(1).tolist()  # a decoder may begin with such a token
+    return [Answer(answer := cut(text, stop), done or answer != text) for text, done in zip(texts, ended, strict=True)]
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
