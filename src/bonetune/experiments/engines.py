@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -30,7 +31,7 @@ def engine(comparison: Comparison) -> Iterator[Engine]:
 @contextmanager
 def _processes(comparison: Comparison) -> Iterator[Engine]:
     # a new process for each run: what it holds is its own, and goes with it
-    pool = ProcessPoolExecutor(comparison.parallel, _starting(), initializer=_end_with_parent, max_tasks_per_child=1)
+    pool = ProcessPoolExecutor(comparison.parallel, _starting(), initializer=_begin, max_tasks_per_child=1)
 
     def made(jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
         running: dict[Future[Any], int] = {pool.submit(f, *args, **kwargs): n for n, (f, args, kwargs) in enumerate(jobs)}
@@ -58,8 +59,13 @@ def _starting() -> Any:
     return server
 
 
-def _end_with_parent() -> None:
-    """End this process once the one that started it is gone, however that ended: what goes on would find it at work."""
+def _begin() -> None:
+    """End this process once the one that started it is gone, however that ended: what goes on would find it at work.
+
+    Libraries' advice, which each process would give anew, is not for the user of a comparison.
+    """
+    for module in ("transformers", "torch", "peft", "accelerate"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
     parent = multiprocessing.parent_process()
     assert parent is not None
 
