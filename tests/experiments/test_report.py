@@ -2,9 +2,9 @@ import csv
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import numpy as np
+import pages
 import pytest
 from made_up_runs import Made, question
 
@@ -16,36 +16,12 @@ from bonetune.experiments.report import write_report
 from bonetune.experiments.tables import markdown
 from bonetune.training.plots import running_mean
 
-VOID = {"meta", "br", "path", "rect"}
 EFFECTS = {"bone": 0.1, "lora": 0.0, "bat": 0.02}
 
 
-class Page(HTMLParser):
-    """Elements with their texts; fails where tags do not nest."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.elements, self.texts = [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append((tag, len(self.texts)))
-            self.texts.append([tag, ""])
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        for _, number in self.open:
-            self.texts[number][1] += data
-
+class Page(pages.Page):
     def of(self, tag):
-        return [text.strip() for name, text in self.texts if name == tag]
+        return [text.strip() for text in super().of(tag)]
 
 
 def written(folder, made, references=("lora", "bone"), seeds=(1, 2, 3), **more):

@@ -1,47 +1,18 @@
 import json
 import math
-from html.parser import HTMLParser
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pages import Page
 
 from bonetune.errors import InputError
 from bonetune.training import make_config
 from bonetune.training.report_page import write_report
 
-VOID = {"meta", "link", "br", "img", "input", "hr", "path", "rect"}
 SETTINGS = {"model_name_or_path": "some/model", "dataset_name": "rows.jsonl", "output_dir": "run", "variant": "bat", "r": 32}
 CERTIFICATE = {"prompts": 16, "tokens": 153, "error": 0.01, "size": 2.0, "effect": None, "greedy_agreement": 1.0, "holds": True}
-
-
-class Page(HTMLParser):
-    """Elements with their texts; fails where tags do not nest."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.elements, self.texts = [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append((tag, len(self.texts)))
-            self.texts.append([tag, dict(attributes).get("class"), ""])
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        for _, number in self.open:
-            self.texts[number][2] += data
-
-    def of(self, tag, cls=None):
-        return [text for name, its, text in self.texts if name == tag and (cls is None or its == cls)]
 
 
 def lines(values):
