@@ -124,8 +124,7 @@ def evaluate(
         if name not in finished and loaded is None:
             loaded = load_model(str(model), dtype, base if adapted else None, trust_remote_code=trust_remote_code)
         told = partial(on_items, name) if on_items is not None else None
-        about = f"; {told_of}" if (told_of := asked(name)) else ""
-        results.append(finished[name] if name in finished else _run(one, loaded, shelves.get(name), told, about))
+        results.append(finished[name] if name in finished else _run(one, loaded, shelves.get(name), told, asked(name)))
         if output_dir is not None:
             _write_scores(Path(output_dir) / SCORES_FILE, results, {"model": named, "dtype": dtype})
     return results
@@ -244,7 +243,7 @@ def _run(
     if shelf is not None:
         shelf.open()
     result = prepared.run(loaded, Ledger(prepared.items, on_items, shelf.records if shelf is not None else None))
-    result = replace(result, protocol=result.protocol + about)
+    result = replace(result, protocol=f"{result.protocol}; {about}")
     if shelf is not None:
         shelf.close(result)
     return result

@@ -6,6 +6,7 @@ A row has the public files' fields: `question`, and `answer`, a worked answer th
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal, DecimalException
 from fractions import Fraction
 from typing import Any
@@ -306,29 +307,25 @@ def _generated_prompt(row: Record, request: Request) -> str:
 
 
 _HUB = "openai/gsm8k:main"
-_METAMATH = each(lambda row, request: templated(request, METAMATH_PROMPT, row["question"]))
+_METAMATH = Protocol(
+    name="gsm8k:metamath",
+    description="the papers' prompt with \"Let's think step by step.\", MetaMath's stop texts and reading of answers",
+    fields=("question", "answer"),
+    prompts=each(lambda row, request: templated(request, METAMATH_PROMPT, row["question"])),
+    judge=judge_metamath,
+    max_new_tokens=METAMATH_NEW_TOKENS,
+    stop=METAMATH_STOP,
+    source=_HUB,
+    check=lambda row: metamath_reference(row["answer"]),
+)
 _PROTOCOLS = (
-    Protocol(
-        name="gsm8k:metamath",
-        description="the papers' prompt with \"Let's think step by step.\", MetaMath's stop texts and reading of answers",
-        fields=("question", "answer"),
-        prompts=_METAMATH,
-        judge=judge_metamath,
-        max_new_tokens=METAMATH_NEW_TOKENS,
-        stop=METAMATH_STOP,
-        source=_HUB,
-        check=lambda row: metamath_reference(row["answer"]),
-    ),
-    Protocol(
+    _METAMATH,
+    replace(
+        _METAMATH,
         name="gsm8k:strict",
         description="the papers' prompt with \"Let's think step by step.\", MetaMath's stop texts; the number after the last "
         "'The answer is' or '####', exactly",
-        fields=("question", "answer"),
-        prompts=_METAMATH,
         judge=judge_strict,
-        max_new_tokens=METAMATH_NEW_TOKENS,
-        stop=METAMATH_STOP,
-        source=_HUB,
         check=lambda row: strict_reference(row["answer"]),
     ),
     Protocol(

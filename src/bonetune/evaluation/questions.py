@@ -75,7 +75,7 @@ class Protocol:
             )
             for batch in batches:
                 ledger.add([self._record(number, prompts[number], answer, rows[number]) for number, answer in batch.items()])
-            return self._result(ledger.ordered, most, request)
+            return self._result(ledger.ordered, most)
 
         return Prepared(len(rows), {"rows": digest(rows)} | put, run)
 
@@ -97,7 +97,7 @@ class Protocol:
         told = {"row": number + 1, "prompt": prompt, "output": answer.text, "complete": answer.complete}
         return told | self.judge(answer.text, row)
 
-    def _result(self, records: list[Record], most: int, request: Request) -> TaskResult:
+    def _result(self, records: list[Record], most: int) -> TaskResult:
         share = Proportion.of([record["correct"] for record in records])
         metrics = cut_off(records)
         for name in self.also:

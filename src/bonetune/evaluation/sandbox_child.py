@@ -272,7 +272,7 @@ def main() -> NoReturn:
         os._exit(0)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
-    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
     sys.argv = ["program"]
     run(request["source"], request["token"], report)
 

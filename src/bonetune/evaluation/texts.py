@@ -52,7 +52,7 @@ def forgetting(request: Request) -> Prepared:
         own = losses_of(loaded, windows(loaded, texts), request.batch_size, Ledger(0))
         before = losses_of_base(loaded, texts, request, ledger)
         ledger.count(len(texts) - len(own))
-        records = [a | {"loss": a["loss"], "base_loss": b["loss"]} for a, b in zip(own, before, strict=True)]
+        records = [a | {"base_loss": b["loss"]} for a, b in zip(own, before, strict=True)]
         rises = [record["loss"] - record["base_loss"] for record in records]
         loss, base_loss = mean_loss(own), mean_loss(before)
         return TaskResult(

@@ -1,6 +1,5 @@
 """`bonetune compare`: choose each method's learning rate, make the runs that count, and say what they show."""
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,26 +154,24 @@ def plan_comparison(comparison: Comparison) -> ComparisonPlan:
 def make_runs(
     comparison: Comparison,
     *,
+    make: Engine,
     on_run: Callable[[Progress], None] | None = None,
-    make: Engine | None = None,
     sizes: dict[str, Sized] | None = None,
 ) -> Runs:
     """Make the runs that are not there yet.
 
     Args:
         comparison: the settings.
+        make: what makes them.
         on_run: called after each run.
-        make: what makes them; None takes the engine that the settings name.
         sizes: the methods', where they are known.
     """
     sizes = sizes or sized(comparison)
-    with contextlib.ExitStack() as stack:
-        chosen = make or stack.enter_context(engine(comparison))
-        progress = _Progress(on_run)
-        sweeps = _swept(comparison, sizes, chosen, progress)
-        rates = {name: _rate(name, comparison, sweeps) for name in comparison.methods}
-        trials = [Trial(name, rate, seed) for seed in comparison.seeds for name, rate in rates.items() if rate is not None]
-        outcomes = dict(zip(trials, _made(comparison, sizes, trials, True, chosen, progress), strict=True))
+    progress = _Progress(on_run)
+    sweeps = _swept(comparison, sizes, make, progress)
+    rates = {name: _rate(name, comparison, sweeps) for name in comparison.methods}
+    trials = [Trial(name, rate, seed) for seed in comparison.seeds for name, rate in rates.items() if rate is not None]
+    outcomes = dict(zip(trials, _made(comparison, sizes, trials, True, make, progress), strict=True))
     counting: dict[str, dict[int, Outcome]] = {name: {} for name in comparison.methods}
     for trial, outcome in outcomes.items():
         counting[trial.method][trial.seed] = outcome
@@ -286,7 +283,7 @@ def compare(
     with engine(comparison) as make:
         (_, planned), *_ = make([(plan_comparison, (comparison,), {})])  # the model is loaded elsewhere, and is gone then
         with claimed(comparison, planned.data, resume=resume, overwrite=overwrite):
-            runs = make_runs(comparison, on_run=on_run, make=make, sizes=planned.sizes)
+            runs = make_runs(comparison, make=make, on_run=on_run, sizes=planned.sizes)
             analysis = _reported(runs)
     folder = Path(comparison.output_dir)
     return ComparisonResult(analysis, folder / REPORT_FILE, folder / RESULTS_FILE)

@@ -8,9 +8,11 @@ from typing import Any
 from bonetune.errors import InputError
 from bonetune.evaluation import TaskResult
 from bonetune.evaluation.ledger import file_name, read_result
-from bonetune.files import read_json_lines, write_json, write_json_lines
+from bonetune.files import write_json, write_json_lines
+from bonetune.training.folder import METRICS_FILE
+from bonetune.training.report import read_metrics
 
-OUTCOME_FILE, ITEMS_FOLDER, METRICS_FILE = "outcome.json", "items", "metrics.jsonl"
+OUTCOME_FILE, ITEMS_FOLDER = "outcome.json", "items"
 
 
 @dataclass(frozen=True)
@@ -130,5 +132,4 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
     """The training steps' lines of a trial's metrics.jsonl: step, tokens, seconds, loss, grad_norm and more, by name."""
-    file = folder / METRICS_FILE
-    return [line for line in read_json_lines(file) if "loss" in line] if file.is_file() else []
+    return [line for line in read_metrics(folder / METRICS_FILE) if "loss" in line]

@@ -319,7 +319,7 @@ def _check_ranks(config: "RunConfig", model: Any, ranks: dict[str, int]) -> None
 
 def _estimate_gradients(model: Any, config: PeftConfig, names: list[str], estimate: Callable[[Any], None]) -> None:
     """Leave the weights' mean gradients with their modules, where PEFT's LoRA-GA takes them from."""
-    looked_at = LoraConfig(target_modules=names, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())  # pyright: ignore[reportArgumentType]
+    looked_at = LoraConfig(target_modules=names, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())  # pyright: ignore[reportArgumentType]  (PEFT's Literal lacks it)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Full backward hook is firing when gradients are computed", UserWarning)
         preprocess_loraga(model, looked_at, lambda: estimate(model))
