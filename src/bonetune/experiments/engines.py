@@ -79,8 +79,8 @@ def _begin() -> None:
 @contextmanager
 def _ray(comparison: Comparison) -> Iterator[Engine]:
     try:
-        import ray
-        from ray.exceptions import RayError, RayTaskError
+        import ray  # pyright: ignore[reportMissingImports]  (an extra)
+        from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("engine: ray needs a package that is not installed: pip install 'bonetune[ray]'.") from error
     began = not ray.is_initialized()
