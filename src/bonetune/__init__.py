@@ -20,6 +20,7 @@ from bonetune.tuner import (
     accelerate_miss,
     hotswap_adapter,
     register,
+    set_backend,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ __all__ = [
     "merge",
     "pull",
     "push",
+    "set_backend",
     "tokenize",
     "train",
 ]

@@ -48,6 +48,7 @@ OTHERWISE = {
     "rank_pattern": {"q_proj": 8},
     "bone_dropout": 0.1,
     "exact_update": True,
+    "backend": "torch",
     "bias": "all",
     "layers_to_transform": ([1], {"target_modules": ["q_proj"]}),
     "layers_pattern": ("layers", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),

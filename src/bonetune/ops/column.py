@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bonetune.ops import operators
 from bonetune.ops.reference import Update
 from bonetune.ops.shards import few, product, rows, scaled, shard_sum
 
 # W' is built for this many elements at a time (64 MiB in float32), which bounds the scratch memory.
 SCRATCH_ELEMENTS = 1 << 24
+# Up to so many rows, Triton's kernels transform W within the product: W is read once or twice and W' neither written nor read.
+FUSED_ROWS = 64
 
 
 def column_product(
@@ -27,23 +30,25 @@ def column_product(
     weight: Tensor | Callable[[], Tensor],
     bias: Tensor | None,
     updates: Sequence[Update],
+    kernels: bool = False,
     *,
     with_weight: bool = True,
 ) -> Tensor:
     """x (c W + sum_k scale_k (W[a,b] B_k[a] + B_k[a]))^T + bias, c = 1 if `with_weight` else 0. x (..., in) -> (..., out).
 
     `weight` is W (out, in), or a function that makes it: of a quantized or sharded weight, which is then made again in
-    backward instead of being kept.
+    backward instead of being kept. With `kernels`, Triton's build W' and its gradients, where W lies row by row in x's dtype.
     """
     again, W = (None, weight) if isinstance(weight, Tensor) else (weight, weight())
     exact = any(u.exact for u in updates)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *(u.theta for u in updates)))
     v, out = rows(x), W.shape[0]
+    kernels = kernels and W.dtype == v.dtype and W.is_contiguous()
     if not trained and len(updates) == 1 and few(v) and 4 * v.shape[0] <= updates[0].spec.r:
         y = _few_rows(v, W, updates[0], bias, with_weight)
     else:
         scales = tuple(u.scale for u in updates)
-        y = _ColumnProduct.apply(v, W, again, bias, with_weight, exact, scales, *(u.theta for u in updates))
+        y = _ColumnProduct.apply(v, W, again, bias, with_weight, exact, kernels, scales, *(u.theta for u in updates))
     return y.view(*x.shape[:-1], out)
 
 
@@ -79,14 +84,19 @@ class _ColumnProduct(torch.autograd.Function):
         bias: Tensor | None,
         with_weight: bool,
         exact: bool,
+        kernels: bool,
         scales: tuple[float, ...],
         *thetas: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(v, W if again is None else None, *thetas)
-        ctx.again, ctx.with_weight, ctx.scales = again, with_weight, scales
+        ctx.again, ctx.with_weight, ctx.kernels, ctx.scales = again, with_weight, kernels, scales
+        if kernels and len(thetas) == 1 and len(v) <= FUSED_ROWS:
+            alone = with_weight and not exact
+            y = operators.bat_product(v, W, thetas[0], bias, scales[0], alone)
+            return y.addmm_(v, W.T) if with_weight and exact else y
         y = v.new_empty(len(v), len(W))
         for band in _bands(W, thetas):
-            matrix = _transformed(W, band, with_weight and not exact, scales, thetas).to(v.dtype).T
+            matrix = _transformed(W, band, with_weight and not exact, scales, thetas, kernels).to(v.dtype).T
             if bias is None:
                 torch.mm(v, matrix, out=y[:, band])
             else:
@@ -100,14 +110,22 @@ class _ColumnProduct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         v, W, *thetas = ctx.saved_tensors
         W = W if ctx.again is None else ctx.again()
-        needs_x, needs_w, _, _, _, _, _, *needs_theta = ctx.needs_input_grad
+        needs_x, needs_w, _, _, _, _, _, _, *needs_theta = ctx.needs_input_grad
         dy = rows(dy)
         dx: Tensor | None = None
         dW = torch.empty_like(W) if needs_w else None
         dthetas = [torch.empty_like(B) if needed else None for B, needed in zip(thetas, needs_theta, strict=True)]
-        for band in _bands(W, thetas):
+        if ctx.kernels and not needs_w:  # dW' is never written
+            for place, (B, scale) in enumerate(zip(thetas, ctx.scales, strict=True)):
+                if needs_theta[place]:
+                    dthetas[place] = operators.bat_gradient(v, dy, W, B.shape[-1], scale).to(B.dtype)
+            needs_theta = []
+            if needs_x and len(thetas) == 1 and len(v) <= FUSED_ROWS:
+                dx, needs_x = operators.bat_product_backward(dy, W, thetas[0], ctx.scales[0], ctx.with_weight), False
+        for band in _bands(W, thetas) if needs_x or needs_w or any(needs_theta) else ():
             if needs_x:
-                part = dy[:, band] @ _transformed(W, band, ctx.with_weight, ctx.scales, thetas).to(dy.dtype)
+                matrix = _transformed(W, band, ctx.with_weight, ctx.scales, thetas, ctx.kernels)
+                part = dy[:, band] @ matrix.to(dy.dtype)
                 # several bands are added up in float32, as one product would accumulate them
                 dx = part if dx is None else dx.to(torch.promote_types(dx.dtype, torch.float32)).add_(part)
             if dW is None and not any(needs_theta):
@@ -123,7 +141,7 @@ class _ColumnProduct(torch.autograd.Function):
                     dB[blocks] = scaled(gradient, scale, B.dtype)
                 if dW is not None:
                     dW[band] += (wide @ scaled(B[blocks], scale, W.dtype).mT).view(dW[band].shape)
-        return None if dx is None else dx.to(v.dtype), dW, None, None, None, None, None, *dthetas
+        return None if dx is None else dx.to(v.dtype), dW, None, None, None, None, None, None, *dthetas
 
 
 def _bands(W: Tensor, thetas: Sequence[Tensor]) -> list[slice]:
@@ -133,7 +151,9 @@ def _bands(W: Tensor, thetas: Sequence[Tensor]) -> list[slice]:
     return [slice(start, min(start + step, len(W))) for start in range(0, len(W), step)]
 
 
-def _transformed(W: Tensor, band: slice, with_weight: bool, scales: tuple[float, ...], thetas: Sequence[Tensor]) -> Tensor:
+def _transformed(
+    W: Tensor, band: slice, with_weight: bool, scales: tuple[float, ...], thetas: Sequence[Tensor], kernels: bool
+) -> Tensor:
     """Rows `band` of c W + sum_k scale_k (W[a,b] B_k[a] + B_k[a]), in W's dtype (forward under autocast: its).
 
     W is added last, so that only that sum is rounded at W's size; what comes before is rounded at the update's.
@@ -141,7 +161,13 @@ def _transformed(W: Tensor, band: slice, with_weight: bool, scales: tuple[float,
     total: Any = None
     for theta, scale in zip(thetas, scales, strict=True):
         r = theta.shape[-1]
-        B = scaled(theta[band.start // r : band.stop // r], scale, W.dtype)
+        blocks = theta[band.start // r : band.stop // r]
+        if kernels:
+            if with_weight and len(thetas) == 1:
+                return operators.bat_weight(W[band], blocks, scale, W[band])
+            total = operators.bat_weight(W[band], blocks, scale, total)
+            continue
+        B = scaled(blocks, scale, W.dtype)
         update = torch.bmm(_wide(W[band], r), B)
         update.view(len(B), r, -1, r).add_(B[:, :, None, :])
         total = update if total is None else total.view(update.shape).add_(update)

@@ -1,11 +1,14 @@
 """Sums and products over the shards of a matrix: what the fast forms are made of.
 
 A matrix v (n, m * r) has m shards v_b (n, r); n counts tokens. Nothing here knows of adapters or of autograd. Products
-accumulate as the library's do (in float32 for narrow dtypes) and round once.
+accumulate as the library's do (in float32 for narrow dtypes) and round once. Where `kernels` says so, Triton's compute the same
+(`bonetune.ops.operators`); whether they can, `bonetune.ops.backend` decides.
 """
 
 import torch
 from torch import Tensor
+
+from bonetune.ops import operators
 
 # Generation, mostly: at so few rows it is what is read that costs, and what is called.
 FEW_ROWS = 16
@@ -18,8 +21,10 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def shard_sum(x: Tensor, r: int) -> Tensor:
+def shard_sum(x: Tensor, r: int, *, kernels: bool = False) -> Tensor:
     """s = sum_b x_b: (..., in) -> (..., r), in x's dtype. A ragged last shard counts as filled up with zeros."""
+    if kernels:
+        return operators.shard_sum(rows(x), r).view(*x.shape[:-1], r)
     # the dtype is named because CUDA's autocast sums in float32 otherwise
     *leading, features = x.shape
     tail = features % r
@@ -31,17 +36,20 @@ def shard_sum(x: Tensor, r: int) -> Tensor:
 class ShardSums(dict[int, Tensor]):
     """Shard sums of one tensor by r, each computed when it is first asked for."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, *, kernels: bool = False) -> None:
         super().__init__()
-        self.x = x
+        self.x, self.kernels = x, kernels
 
     def __missing__(self, r: int) -> Tensor:
-        self[r] = shard_sum(self.x, r)
+        self[r] = shard_sum(self.x, r, kernels=self.kernels)
         return self[r]
 
 
-def add_to_every_shard_(y: Tensor, t: Tensor) -> Tensor:
+def add_to_every_shard_(y: Tensor, t: Tensor, *, kernels: bool = False) -> Tensor:
     """y_b += t for every shard b, in place, a ragged last shard as far as it goes. y (n, m * r), t (n, r)."""
+    if kernels:
+        operators.shard_add_(y, t)
+        return y
     tail = y.shape[-1] % t.shape[-1]
     whole = y[:, :-tail] if tail else y
     whole.unflatten(-1, (-1, t.shape[-1])).add_(t.unsqueeze(-2))
@@ -80,26 +88,38 @@ def product_gradient(v: Tensor, dp: Tensor, like: Tensor, scale: float) -> Tenso
 
 
 def block_product(
-    v: Tensor, blocks: Tensor, scale: float = 1.0, *, plus: Tensor | None = None, into: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(p + plus, sum_b p_b) with p_b = scale * v_b M[b].
+    v: Tensor,
+    blocks: Tensor,
+    scale: float = 1.0,
+    *,
+    tile: Tensor | None = None,
+    plus: Tensor | None = None,
+    into: Tensor | None = None,
+    summed: bool = True,
+    kernels: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(p + plus, sum_b p_b) with p_b = scale * (v_b + tile) M[b].
 
-    v, plus (n, m * r) in one dtype; M (m, r, r), or (1, r, r): one for all shards -> (n, m * r), (n, r) in that dtype.
-    The first result is written into `into`, which may be `plus`, or else a new matrix.
+    v, plus (n, m * r), tile (n, r) or None in one dtype; M (m, r, r), or (1, r, r): one for all shards -> (n, m * r), (n, r) in
+    that dtype. The first result may be written into `into`, which may be `plus`; the second is None unless `summed`.
     """
     r = blocks.shape[-1]
+    if kernels:
+        total, sums = operators.block_product(v, blocks, scale, tile, plus, summed)
+        return total, sums if summed else None
     if few(v):
         shards = v.to(blocks.dtype).view(v.shape[0], v.shape[1] // r, r)
+        shards = shards if tile is None else shards + tile.unsqueeze(1)
         p = shards @ blocks[0] if blocks.shape[0] == 1 else torch.bmm(shards.transpose(0, 1), blocks).transpose(0, 1)
         p = p if scale == 1 else p * scale
-        p, sums = p.reshape(v.shape), p.sum(1, dtype=p.dtype).to(v.dtype)
+        p, sums = p.reshape(v.shape), p.sum(1, dtype=p.dtype).to(v.dtype) if summed else None
         p = (p if plus is None else p + plus).to(v.dtype)
         return p if into is None else into.copy_(p), sums
     matrices = scaled(blocks, scale, v.dtype)
-    total, sums = torch.empty_like(v) if into is None else into, v.new_empty(len(v), r)
+    total, sums = torch.empty_like(v) if into is None else into, v.new_empty(len(v), r) if summed else None
     for part in _parts(v):
-        p = torch.bmm(_by_shard(v[part], blocks), matrices)
-        _write(p, total[part], None if plus is None else plus[part], sums[part])
+        p = torch.bmm(_by_shard(v[part], blocks, _rows_of(tile, part)), matrices)
+        _write(p, total[part], _rows_of(plus, part), _rows_of(sums, part))
     return total, sums
 
 
@@ -109,19 +129,23 @@ def block_product_backward(
     scale: float,
     dp: Tensor,
     *,
-    tile: Tensor | None = None,
+    v_tile: Tensor | None = None,
+    dp_tile: Tensor | None = None,
     plus: Tensor | None = None,
     into: Tensor | None = None,
     needs: tuple[bool, bool] = (True, True),
     summed: bool = False,
+    kernels: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dv + plus, sum_b dv_b, dM) for `block_product`, where p_b has the gradient g_b = dp_b + tile.
+    """(dv + plus, sum_b dv_b, dM) for `block_product`, where p_b has the gradient g_b = dp_b + dp_tile.
 
-    dv_b = scale * g_b M[b]^T; dM[b] = scale * v_b^T g_b, summed over b for (1, r, r); over parts of the rows in at least
-    float32.
-    tile (n, r) or None. `plus` may be `dp`. The first result is written into `into`, which may be either, or else a new
-    matrix. `needs` says whether dv and dM are wanted, `summed` whether the second result is.
+    dv_b = scale * g_b M[b]^T; dM[b] = scale * (v_b + v_tile)^T g_b, summed over b for (1, r, r); over parts of the rows in at
+    least float32.
+    v_tile, dp_tile (n, r) or None. `plus` may be `dp`. The first result may be written into `into`, which may be either.
+    `needs` says whether dv and dM are wanted, `summed` whether the second result is.
     """
+    if kernels:
+        return _backward_by_kernels(v, blocks, scale, dp, v_tile, dp_tile, plus, needs, summed)
     matrices = scaled(blocks, scale, dp.dtype).mT
     total = (torch.empty_like(dp) if into is None else into) if needs[0] else None
     sums = dp.new_empty(len(dp), blocks.shape[-1]) if needs[0] and summed else None
@@ -129,13 +153,40 @@ def block_product_backward(
         torch.zeros(blocks.shape, dtype=torch.promote_types(v.dtype, torch.float32), device=v.device) if needs[1] else None
     )
     for part in _parts(dp):
-        g = _by_shard(dp[part], blocks, None if tile is None else tile[part])
+        g = _by_shard(dp[part], blocks, _rows_of(dp_tile, part))
         if gradient is not None:
-            gradient += _by_shard(v[part], blocks).mT @ g
+            gradient += _by_shard(v[part], blocks, _rows_of(v_tile, part)).mT @ g
         if total is not None:
             dv = torch.bmm(g, matrices)
-            _write(dv, total[part], None if plus is None else plus[part], None if sums is None else sums[part])
+            _write(dv, total[part], _rows_of(plus, part), _rows_of(sums, part))
     return total, sums, None if gradient is None else scaled(gradient, scale, blocks.dtype)
+
+
+def _backward_by_kernels(
+    v: Tensor,
+    blocks: Tensor,
+    scale: float,
+    dp: Tensor,
+    v_tile: Tensor | None,
+    dp_tile: Tensor | None,
+    plus: Tensor | None,
+    needs: tuple[bool, bool],
+    summed: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`block_product_backward`: dv and dM in one pass, unless sums over shards are wanted beside sums over rows."""
+    needs_v, needs_m = needs
+    total, sums, gradient = None, None, None
+    if needs_v and (summed or not needs_m):
+        total, sums = operators.block_product(dp, blocks.mT, scale, dp_tile, plus, summed)
+    if needs_m:
+        together = needs_v and total is None
+        dv, dM = operators.block_backward(v, blocks, scale, dp, v_tile, dp_tile, plus, together)
+        total, gradient = dv if together else total, dM.to(blocks.dtype)
+    return total, sums if summed else None, gradient
+
+
+def _rows_of(matrix: Tensor | None, part: slice) -> Tensor | None:
+    return None if matrix is None else matrix[part]
 
 
 def _parts(v: Tensor) -> list[slice]:

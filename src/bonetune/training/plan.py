@@ -33,7 +33,7 @@ from bonetune.training.learning_rate import default_learning_rate, lora_sized
 from bonetune.training.loader import muted
 from bonetune.training.settings import AdapterSettings
 from bonetune.training.tasks import ABOUT, Task, task_named
-from bonetune.tuner import BoneConfig, train_whole_modules_in_float32
+from bonetune.tuner import BoneConfig, set_backend, train_whole_modules_in_float32
 from bonetune.tuner.dequantize import keep_readable
 
 # How many training prompts a run keeps beside its adapter, for the certificate of a merge.
@@ -272,6 +272,7 @@ def _adapted(planned: Plan) -> Adapted:
         began = time.perf_counter()
         model = get_peft_model(base, adapter_config(config, base))
         train_whole_modules_in_float32(model)
+        set_backend(model, config.backend)
         adapted = Adapted(model, time.perf_counter() - began)
     else:
         initial = checkpoint.parent / baselines.INITIAL_FOLDER if checkpoint is not None else None

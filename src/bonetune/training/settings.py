@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveIn
 from bonetune.data import PAPER_PROMPT
 from bonetune.data.encoding import Truncation
 from bonetune.data.formats import Kind
+from bonetune.ops.backend import Backend
 from bonetune.rwkv.parts import Part
 from bonetune.spec import Variant
 
@@ -195,6 +196,9 @@ class OptimizationSettings(BaseModel, frozen=True):
     fp16: bool = Field(default=False, description="autocast to float16 with loss scaling (GPUs)")
     gradient_checkpointing: bool = Field(
         default=False, description="compute activations again in backward: less memory, a third more time"
+    )
+    backend: Backend = Field(
+        default="auto", description="torch, triton, or auto: Triton's kernels on NVIDIA GPUs, else PyTorch (docs/benchmarks.md)"
     )
     torch_compile: bool = Field(
         default=False, description="compile the decoder's layers: a minute at the start, some percent after"

@@ -1,5 +1,6 @@
 """The PEFT tuner. Only this room knows PEFT's internals."""
 
+from bonetune.tuner.backends import set_backend
 from bonetune.tuner.config import BoneConfig, by_pattern
 from bonetune.tuner.convolution import BoneConv
 from bonetune.tuner.embedding import BoneEmbedding
@@ -28,6 +29,7 @@ __all__ = [
     "is_of_november_2024",
     "layers_of",
     "register",
+    "set_backend",
     "train_whole_modules_in_float32",
     "whole_parameters_of",
 ]

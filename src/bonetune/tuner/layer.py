@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bonetune.errors import InputError
 from bonetune.ops import Update, delta, merge, unmerge
+from bonetune.ops.backend import Backend
 from bonetune.spec import ShardSpec
 from bonetune.tuner.frozen import base_weight
 from bonetune.tuner.held import whole
@@ -34,6 +35,8 @@ class BoneLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("bone_block",)
     other_param_names = ("bone_spec", "bone_dropout", "bone_scaling", "bone_exact")
+    # By what updates are computed; `bonetune.set_backend` changes it. It belongs to no adapter and stands in no file.
+    backend: Backend = "auto"
 
     def __init__(self, base_layer: nn.Module, weight_name: str = "weight", **kwargs: Any) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ class BoneLinear(BoneLayer):
         return matrices.T.contiguous() if self._transposed else matrices
 
     def adapted(self, x: Tensor, updates: Sequence[Update], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return adapted_linear(FrozenBase(self, args, kwargs), x, updates)
+        return adapted_linear(FrozenBase(self, args, kwargs), x, updates, self.backend)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

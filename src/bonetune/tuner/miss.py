@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bonetune.errors import TargetError
 from bonetune.ops import Update, adapted_linear
+from bonetune.ops.backend import Backend
 from bonetune.spec import ShardSpec, parse_variant
 from bonetune.tuner.frozen import FrozenBase
 
@@ -46,13 +47,14 @@ class AcceleratedMissLinear(MissLinear):
     """A `MissLinear` whose forward is `adapted_linear`; everything else is PEFT's."""
 
     exact_update: bool
+    backend: Backend = "auto"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) -> (..., out), in x's dtype."""
         updates = None if self.disable_adapters or self.merged else self._updates(x)
         if not updates:
             return super().forward(x, *args, **kwargs)
-        return adapted_linear(FrozenBase(self, args, kwargs), x, updates).to(x.dtype)
+        return adapted_linear(FrozenBase(self, args, kwargs), x, updates, self.backend).to(x.dtype)
 
     def _updates(self, x: Tensor) -> list[Update] | None:
         """The active adapters, or None where PEFT's function is not the sum of their updates in the dtype of x."""

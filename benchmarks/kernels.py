@@ -1,0 +1,159 @@
+"""What the Triton kernels become for a GPU, without one: registers, spills and shared memory, and a model of their time.
+
+`python -m benchmarks.kernels` compiles every default configuration for compute capability 8.0 and 9.0 and prints what it takes,
+then the model. Nothing is run and nothing is timed: that takes a GPU, and `python -m benchmarks.gpu`.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bonetune.ops.backend import SIZES
+
+CAPABILITIES = (80, 90)
+DTYPES = (torch.bfloat16, torch.float32)
+OUT, FEATURES, ROWS = 2048, 2048, 4096
+SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+# Dense bfloat16 operations and bytes a second, by the makers' data sheets.
+GPUS = {"A100 80GB SXM": (312e12, 2.039e12), "H100 SXM": (989e12, 3.35e12)}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says of one kernel: registers a thread, bytes of its stack (which spilled registers need), shared bytes."""
+
+    kernel: str
+    dtype: str
+    r: int
+    capability: int
+    registers: int
+    stack: int
+    shared: int
+
+
+def cases(dtype: torch.dtype, r: int) -> dict[str, Callable[[], object]]:
+    """Each kernel as layers call it, with everything that can be asked of it at once; on no device."""
+    from bonetune.ops.kernels import blocks, column, gathered, shards
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    v, t, W, dy = empty(ROWS, FEATURES), empty(ROWS, r), empty(OUT, FEATURES), empty(ROWS, OUT)
+    M, one = empty(FEATURES // r, r, r, dtype=torch.float32), empty(1, r, r, dtype=torch.float32)
+    B, D = empty(OUT // r, r, r, dtype=torch.float32), empty(r, OUT, dtype=torch.float32)
+    few, few_t, few_dy = v[:64], t[:64], dy[:64]
+    index, scales = empty(8, dtype=torch.int32), empty(2, dtype=torch.float32)
+    by_row, t_by_row = v[:8, None], t[:8, None]
+    return {
+        "shard sum": lambda: shards.shard_sum(v, r),
+        "shard add": lambda: shards.shard_add_(v, t),
+        "block product": lambda: blocks.block_product(v, M, 0.5, t, v, True),
+        "block product, one block": lambda: blocks.block_product(v, one, 0.5, t, v, True),
+        "block backward": lambda: blocks.block_backward(v, M, 0.5, v, t, t, v, True),
+        "block backward, one block": lambda: blocks.block_backward(v, one, 0.5, v, t, t, v, True),
+        "block gradient": lambda: blocks.block_backward(v, M, 0.5, v, t, t, None, False),
+        "bat weight": lambda: column.weight(W, B, 0.5, W),
+        "bat product": lambda: column.product(few, W, B, empty(OUT), 0.5, True),
+        "bat product backward": lambda: column.product_backward(few_dy, W, B, 0.5, True),
+        "bat gradient": lambda: column.gradient(v, dy, W, r, 0.5),
+        "gathered product": lambda: gathered.product(t_by_row, [D, D], index, scales),
+        "gathered block product": lambda: gathered.block_product(by_row, [M, M], index, scales, t_by_row, True),
+        "gathered block product, one block": lambda: gathered.block_product(
+            by_row, [one], index, scales, few_t[:8, None], False
+        ),
+    }
+
+
+def launches(call: Callable[[], object]) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
+    """The kernels that a call launches: each with its arguments by name and the launch's options. None is run."""
+    from triton.runtime.jit import JITFunction
+
+    found: list[tuple[Any, dict[str, Any], dict[str, int]]] = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        found.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        call()
+    return found
+
+
+def usages(capability: int, dtype: torch.dtype, r: int) -> Iterator[Usage]:
+    """What each kernel takes. Needs Triton, and TRITON_INTERPRET unset."""
+    for name, call in cases(dtype, r).items():
+        for kernel, arguments, options in launches(call):
+            cubin, shared = _compiled(kernel, arguments, options, capability)
+            registers, stack = _resources(cubin)
+            yield Usage(name, SHORT[dtype], r, capability, registers, stack, shared)
+
+
+def _compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, int], capability: int) -> tuple[bytes, int]:
+    """The program, specialized on its arguments as a launch would be, and its shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    signature, fixed, aligned = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if name in constants or (isinstance(value, int) and value == 1):
+            signature[name], fixed[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], aligned[(place,)] = f"*{SHORT[value.dtype]}", [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                aligned[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return done.asm["cubin"], done.metadata.shared
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack, as Triton's own cuobjdump reads them from the program."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told.stdout + told.stderr)
+    assert found is not None, told
+    return int(found[1]), int(found[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the Triton kernels become for a GPU, without one.")
+    parser.add_argument("--r", type=int, nargs="*", default=list(SIZES))
+    parser.add_argument("--dtype", choices=[SHORT[d] for d in DTYPES], nargs="*", default=[SHORT[d] for d in DTYPES])
+    chosen = parser.parse_args()
+    spilled = 0
+    print("| kernel | dtype | r | compute capability | registers | stack | shared memory, bytes |")
+    print("| --- | --- | --: | --: | --: | --: | --: |")
+    for capability in CAPABILITIES:
+        for dtype in (d for d in DTYPES if SHORT[d] in chosen.dtype):
+            for r in chosen.r:
+                for u in usages(capability, dtype, r):
+                    cells = (u.kernel, u.dtype, u.r, f"{u.capability / 10}", u.registers, u.stack, u.shared)
+                    print("|", " | ".join(map(str, cells)), "|", flush=True)
+                    spilled += u.stack > 0
+    if spilled:
+        sys.exit(f"{spilled} configurations spill registers.")
+
+
+if __name__ == "__main__":
+    main()

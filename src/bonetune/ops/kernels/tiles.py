@@ -1,0 +1,81 @@
+"""What all kernels share: how large their tiles are, into how many programs they are cut, and blocks laid out as one matrix.
+
+Tile sizes are tables by the bytes of an element and r. They were found by compiling for compute capability 8.0 and 9.0: the
+largest tiles, fewest warps and most stages whose registers do not spill, in the shared memory that the smallest of these GPUs
+has (99 KiB). `benchmarks.kernels` compiles them again, and a test holds them to that.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# Shards of less than this many columns go through a kernel several at a time, so that rows are read in whole cache lines.
+NARROWEST = 64
+# Programs that a launch should have at least: three for each of the 132 multiprocessors of an H100.
+PROGRAMS = 396
+
+
+class Tile(NamedTuple):
+    """One launch's sizes.
+
+    Args:
+        rows: of the matrix that is walked through.
+        warps, stages: Triton's `num_warps`, `num_stages`.
+        part: columns of a shard or of a group of shards that are made at a time; 0 is all.
+        shards: how many shards' columns.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+    part: int = 0
+    shards: int = 1
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """What Triton is told."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# By bytes of an element, then by r.
+Tiles = dict[int, dict[int, Tile]]
+
+
+def width(r: int) -> int:
+    """Columns of a tile: one shard, or as many as make `NARROWEST` columns."""
+    return max(r, NARROWEST)
+
+
+def splits(programs: int, steps: int) -> int:
+    """Into how many parts a loop of `steps` is cut, so that `programs` become enough. The device plays no part in it."""
+    return max(1, min(steps, -(-PROGRAMS // programs)))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How factors are multiplied: float32 in three products of tensor cores, which keep its digits, unless less is allowed.
+
+    Less is what `torch.set_float32_matmul_precision` allows torch's own products. Products of narrow factors are exact.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@triton.jit
+def diagonal(blocks, first, count, j, stride_b, stride_i, stride_j, R: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns j (1, ...) of diag(M[first], M[first + 1], ...), zero beyond `count` blocks. (WIDTH, ...) in float32."""
+    i = tl.arange(0, WIDTH)[:, None]
+    block = first + i // R
+    place = block * stride_b + (i % R) * stride_i + (j % R) * stride_j
+    return tl.load(blocks + place, mask=(i // R == j // R) & (block < count), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def folded(tile, ROWS: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum of a tile's shards: (ROWS, WIDTH) -> (ROWS, R)."""
+    if WIDTH == R:
+        return tile
+    else:  # noqa: RET505  (Triton compiles only one of two branches, and both without this)
+        return tl.sum(tl.reshape(tile, (ROWS, WIDTH // R, R)), axis=1)

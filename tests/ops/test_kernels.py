@@ -1,0 +1,204 @@
+"""The Triton kernels by Triton's interpreter, on CPU tensors: against the equations in float64, and against PyTorch's path."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.interpreter import bfloat16_products
+from bonetune.errors import InputError
+from bonetune.ops import Update, adapted_linear, apply, operators
+from bonetune.ops.backend import SIZES, use_kernels
+from bonetune.spec import VARIANTS, ShardSpec
+
+pytest.importorskip("triton", reason="the kernels need Triton: pip install 'bonetune[triton]'")
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of a tensor's norm
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """What is allocated is full of NaN until a kernel writes to it."""
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, plain=plain, **kwargs: poisoned(plain(*args, **kwargs)))
+    plain = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poisoned(plain(*args, **kwargs)))
+    with bfloat16_products():
+        yield
+
+
+def poisoned(tensor):
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type == "cpu" else tensor
+
+
+class Frozen:
+    def __init__(self, weight, bias, plain):
+        self._weight, self.bias, self.plain, self.stored = weight, bias, plain, True
+
+    def __call__(self, x):
+        return nn.functional.linear(x, self._weight, self.bias)
+
+    def product(self, x):
+        return nn.functional.linear(x, self._weight)
+
+    def weight(self):
+        return self._weight
+
+
+def close(got, want, dtype, what):
+    assert got.shape == want.shape, what
+    error = (got.double() - want.double()).norm() / want.double().norm()
+    assert error < TOLERANCE[dtype], f"{what}: relative error {error:.2e}"
+
+
+def make(variants, r, out, features, n, dtype, exact=False):
+    g = torch.Generator().manual_seed(r + n)
+    randn = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    W, bias, x = (randn(out, features) / features**0.5).to(dtype), randn(out).to(dtype), randn(n, features).to(dtype)
+    specs = [ShardSpec(v, r, 3 if out % 3 == 0 else 4) for v in variants]
+    thetas = [(randn(*s.shape(out, features)) / r**0.5).requires_grad_() for s in specs]
+    updates = [Update(t, s, scale=0.7 - k / 5, exact=exact) for k, (t, s) in enumerate(zip(thetas, specs, strict=True))]
+    return W, bias, x.requires_grad_(), updates
+
+
+def results(y, x, updates):
+    """Y, and each gradient by name."""
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y.dtype)
+    gradients = torch.autograd.grad((y * weights).sum(), [x, *(u.theta for u in updates)])
+    return {"y": y, **dict(zip(["x", *(f"{u.spec.variant} {k}" for k, u in enumerate(updates))], gradients, strict=True))}
+
+
+def check(W, bias, x, updates, plain, dtype):
+    wide = [u._replace(theta=u.theta.detach().double().requires_grad_()) for u in updates]
+    x64 = x.detach().double().requires_grad_()
+    expected = results(apply(x64, W.double(), wide, bias.double()), x64, wide)
+    got = results(adapted_linear(Frozen(W, bias, plain), x, updates, backend="triton"), x, updates)
+    for name, value in got.items():
+        close(value, expected[name], dtype, f"{[u.spec.variant for u in updates]} {name}")
+    with torch.no_grad():
+        y = adapted_linear(Frozen(W, bias, plain), x, updates, backend="triton")
+    close(y, expected["y"], dtype, "y without gradients")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("r", SIZES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_and_every_gradient_equal_the_equations(variant, r, dtype):
+    out, features, n = 3 * r, 5 * r if r < 64 else 2 * r, 80
+    check(*make([variant], r, out, features, n, dtype), plain=True, dtype=dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("n", [17, 33, 64, 65, 131])
+def test_any_number_of_rows(variant, n):
+    check(*make([variant], 16, 48, 112, n, torch.float32), plain=True, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float16(variant):
+    check(*make([variant], 32, 96, 64, 40, torch.float16), plain=True, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("exact", [False, True])
+def test_layers_that_must_be_called(variant, exact):
+    check(*make([variant], 32, 64, 96, 40, torch.float32, exact), plain=False, dtype=torch.float32)
+    check(*make([variant], 32, 64, 96, 40, torch.float32, exact), plain=True, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("variants", [("bone", "mini", "bat-row", "bat-free"), ("bat-left",) * 2, ("bat",) * 2, VARIANTS])
+def test_several_adapters(variants):
+    check(*make(variants, 16, 48, 80, 70, torch.float32), plain=len(set(variants)) < 6, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("variant", ["bone", "mini"])
+def test_a_ragged_last_shard(variant):
+    check(*make([variant], 32, 45, 75, 35, torch.float32), plain=True, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_bits_each_time(variant):
+    def bits():
+        W, bias, x, updates = make([variant], 16, 64, 64, 200, torch.bfloat16)
+        return results(adapted_linear(Frozen(W, bias, True), x, updates, backend="triton"), x, updates)
+
+    for (name, one), other in zip(bits().items(), bits().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def calls():
+    """Each operator with arguments, those that may be None with and without."""
+    g = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    v, dp, t, M, W, y = randn(20, 48), randn(20, 48), randn(20, 16), randn(3, 16, 16), randn(32, 48), randn(20, 32)
+    B = randn(2, 16, 16)
+    yield operators.shard_sum, (v, 16)
+    yield operators.shard_add_, (v.clone(), t)
+    yield operators.block_product, (v, M.mT, 0.5, t, dp, True)
+    yield operators.block_product, (v, M[:1], 0.5, None, None, False)
+    yield operators.block_backward, (v, M, 0.5, dp, t, t, dp, True)
+    yield operators.block_backward, (v, M[:1], 0.5, dp, None, None, None, False)
+    yield operators.bat_weight, (W, B, 0.5, W)
+    yield operators.bat_weight, (W, B, 0.5, None)
+    yield operators.bat_product, (v, W, B, randn(32), 0.5, True)
+    yield operators.bat_product, (v, W, B, None, 0.5, False)
+    yield operators.bat_product_backward, (y, W, B, 0.5, True)
+    yield operators.bat_gradient, (v, y, W, 16, 0.5)
+
+
+@pytest.mark.parametrize(("operator", "arguments"), [pytest.param(*c, id=f"{c[0]._name}-{k}") for k, c in enumerate(calls())])
+def test_compilers_are_told_the_truth_about_operators(operator, arguments):
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracer does it itself
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_without_a_break(variant):
+    W, bias, x, updates = make([variant], 16, 48, 64, 40, torch.float32)
+    layer = Frozen(W, bias, True)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: adapted_linear(layer, x, updates, backend="triton"), backend="aot_eager", fullgraph=True)
+    expected = results(adapted_linear(layer, x, updates, backend="triton"), x, updates)
+    for name, value in results(compiled(x), x, updates).items():
+        close(value, expected[name], torch.float32, name)
+
+
+def test_auto_leaves_cpus_to_torch_and_triton_says_what_it_cannot_do(monkeypatch):
+    x = torch.randn(20, 48)
+    assert not use_kernels("auto", x, [16])
+    assert use_kernels("triton", x, [16])
+    assert not use_kernels("torch", x, [16])
+    with pytest.raises(InputError, match="r of 16, 32, 64, 128, not 24"):
+        use_kernels("triton", x, [16, 24])
+    with pytest.raises(InputError, match="not float64"):
+        use_kernels("triton", x.double(), [16])
+    with pytest.raises(InputError, match="choose one of auto, torch, triton"):
+        use_kernels("cuda", x, [16])
+    monkeypatch.setattr("bonetune.ops.backend.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install"):
+        use_kernels("triton", x, [16])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 21])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_row_with_its_own_adapter(variant, tokens, dtype):
+    out, features, rows = 48, 80, 6
+    W, bias, _, updates = make([variant] * 3, 16, out, features, rows, dtype)
+    x = torch.randn(rows, tokens, features, generator=torch.Generator().manual_seed(1)).to(dtype)
+    owners = [torch.tensor(o) for o in ([0, 3], [5], [1, 4])]  # row 2 has none
+    updates = [u._replace(theta=u.theta.detach(), rows=o) for u, o in zip(updates, owners, strict=True)]
+    wide = [u._replace(theta=u.theta.double()) for u in updates]
+    y = adapted_linear(Frozen(W, bias, True), x, updates, backend="triton")
+    close(y, apply(x.double(), W.double(), wide, bias.double()), dtype, "y")
+    close(y[2], nn.functional.linear(x[2], W, bias), dtype, "the row without an adapter")
+
+
+def test_adapters_of_several_kinds_in_one_batch():
+    variants = ("bone", "bat-row", "bat-left", "bat", "bone")
+    W, bias, _, updates = make(variants, 16, 48, 80, 5, torch.float32)
+    x = torch.randn(5, 3, 80, generator=torch.Generator().manual_seed(1))
+    updates = [u._replace(theta=u.theta.detach(), rows=torch.tensor([k])) for k, u in enumerate(updates)]
+    updates[0] = updates[0]._replace(spec=ShardSpec("bone", 32), theta=torch.randn(32, 48) / 6)  # another r: apart
+    expected = apply(x.double(), W.double(), [u._replace(theta=u.theta.double()) for u in updates], bias.double())
+    close(adapted_linear(Frozen(W, bias, True), x, updates, backend="triton"), expected, torch.float32, "y")
