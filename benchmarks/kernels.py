@@ -1,7 +1,8 @@
 """What the Triton kernels become for a GPU, without one: registers, spills and shared memory, and a model of their time.
 
-`python -m benchmarks.kernels` compiles every default configuration for compute capability 8.0 and 9.0 and prints what it takes,
-then the model. Nothing is run and nothing is timed: that takes a GPU, and `python -m benchmarks.gpu`.
+`python -m benchmarks.kernels` compiles every default configuration for compute capability 8.0 and 9.0 and prints what it takes;
+with --model, it prints the model instead, which needs no Triton. Nothing is run and nothing is timed: that takes a GPU, and
+`python -m benchmarks.gpu`.
 """
 
 import argparse
@@ -17,11 +18,13 @@ from unittest import mock
 
 import torch
 
+from benchmarks.results import markdown
 from bonetune.ops.backend import SIZES
 
 CAPABILITIES = (80, 90)
 DTYPES = (torch.bfloat16, torch.float32)
-OUT, FEATURES, ROWS = 2048, 2048, 4096
+OUT, FEATURES, ROWS = 4096, 4096, 4096
+FEW = 64  # rows of the products that transform W themselves
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 # Dense bfloat16 operations and bytes a second, by the makers' data sheets.
 GPUS = {"A100 80GB SXM": (312e12, 2.039e12), "H100 SXM": (989e12, 3.35e12)}
@@ -50,7 +53,7 @@ def cases(dtype: torch.dtype, r: int) -> dict[str, Callable[[], object]]:
     v, t, W, dy = empty(ROWS, FEATURES), empty(ROWS, r), empty(OUT, FEATURES), empty(ROWS, OUT)
     M, one = empty(FEATURES // r, r, r, dtype=torch.float32), empty(1, r, r, dtype=torch.float32)
     B, D = empty(OUT // r, r, r, dtype=torch.float32), empty(r, OUT, dtype=torch.float32)
-    few, few_t, few_dy = v[:64], t[:64], dy[:64]
+    few, few_t, few_dy = v[:FEW], t[:FEW], dy[:FEW]
     index, scales = empty(8, dtype=torch.int32), empty(2, dtype=torch.float32)
     by_row, t_by_row = v[:8, None], t[:8, None]
     return {
@@ -136,11 +139,61 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a kernel does for one layer of bfloat16: bytes that memory must move at least, operations of tensor cores."""
+
+    bytes: float
+    operations: float
+
+    def seconds(self, operations: float, bandwidth: float) -> float:
+        """The longer of the two, as if they overlapped and nothing else cost anything."""
+        return max(self.bytes / bandwidth, self.operations / operations)
+
+
+def work(r: int) -> dict[str, Work]:
+    """By kernel, for W (OUT, FEATURES), ROWS tokens, or FEW for the products that transform W; adapters are float32."""
+    x, y, W, shard = 2 * ROWS * FEATURES, 2 * ROWS * OUT, 2 * OUT * FEATURES, 2 * ROWS * r
+    wide, tall = 4 * FEATURES * r, 4 * OUT * r  # the adapter's tensor of bat-row, and of bat, bat-left
+    return {
+        "shard sum of x": Work(x + shard, 0),
+        "shard add to dx": Work(2 * x + shard, 0),
+        "block product, x + z (bat-row)": Work(2 * x + wide + shard, 2 * ROWS * FEATURES * r),
+        "block backward (bat-row)": Work(3 * x + 2 * wide + shard, 4 * ROWS * FEATURES * r),
+        "block product, y (bat-left)": Work(2 * y + tall + shard, 2 * ROWS * OUT * r),
+        "bat weight": Work(2 * W + tall, 2 * OUT * FEATURES * r),
+        f"bat product, {FEW} rows": Work(W + tall, 2 * OUT * FEATURES * (FEW + r * FEW / 32)),
+        "bat gradient": Work(x + y + W + tall, 2 * OUT * FEATURES * (ROWS + r)),
+    }
+
+
+def model(r: int = 64) -> str:
+    """A table: what bounds each kernel, and its share of the frozen layer's forward and backward on each GPU."""
+    frozen = Work(4 * (ROWS * FEATURES + ROWS * OUT + OUT * FEATURES), 4 * ROWS * OUT * FEATURES)
+    few = Work(2 * OUT * FEATURES, 2 * FEW * OUT * FEATURES)
+    lines = []
+    for name, one in work(r).items():
+        cells = [name, f"{one.bytes / 2**20:.0f}", f"{one.operations / 1e9:.1f}"]
+        for gpu in GPUS.values():
+            bound = "memory" if one.bytes / gpu[1] > one.operations / gpu[0] else "arithmetic"
+            against = few if str(FEW) in name else frozen
+            cells += [bound, f"{one.seconds(*gpu) * 1e6:.0f}", f"{one.seconds(*gpu) / against.seconds(*gpu):.3f}"]
+        lines.append(cells)
+    header = ["kernel", "MiB", "10^9 operations"]
+    for name in GPUS:
+        header += [f"{name}: bound by", "µs", "over frozen"]
+    return markdown(header, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the Triton kernels become for a GPU, without one.")
     parser.add_argument("--r", type=int, nargs="*", default=list(SIZES))
     parser.add_argument("--dtype", choices=[SHORT[d] for d in DTYPES], nargs="*", default=[SHORT[d] for d in DTYPES])
+    parser.add_argument("--model", action="store_true", help="print the model of their time instead")
     chosen = parser.parse_args()
+    if chosen.model:
+        print(model())
+        return
     spilled = 0
     print("| kernel | dtype | r | compute capability | registers | stack | shared memory, bytes |")
     print("| --- | --- | --: | --: | --: | --: | --: |")

@@ -231,5 +231,13 @@ def test_the_default_rate_falls_with_r_and_loras_is_told_apart(variant):
     assert lora_sized(2e-3, spec)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_default_rates_are_what_they_are_printed_as(variant):
+    """0.0003, not 0.00030000000000000003, which is another rate than 3e-4 in a file, and another column in a table."""
+    for r in range(1, 513):
+        rate = default_learning_rate(ShardSpec(variant, r))
+        assert rate == float(f"{rate:.0e}")
+
+
 def test_every_field_has_a_default_but_the_three_that_say_what_to_do():
     assert {name for name, f in RunConfig.model_fields.items() if f.is_required()} == set(MINIMAL)

@@ -19,9 +19,7 @@ _TOO_LARGE = 2.0
 
 def default_learning_rate(spec: ShardSpec) -> float:
     """Peak learning rate for AdamW on adapters of this variant and r: one significant digit of rate(64) * sqrt(64 / r)."""
-    rate = _AT_64[spec.variant] * math.sqrt(64 / spec.r)
-    digit = 10.0 ** math.floor(math.log10(rate))
-    return round(rate / digit) * digit
+    return float(f"{_AT_64[spec.variant] * math.sqrt(64 / spec.r):.0e}")
 
 
 def lora_sized(rate: float, spec: ShardSpec) -> bool:
