@@ -17,12 +17,12 @@ from bonetune.ops.kernels.tiles import Tile, Tiles, diagonal, folded, precision,
 
 PRODUCT: Tiles = {
     2: {16: Tile(64, 4, 3, 64), 32: Tile(64, 4, 3, 64), 64: Tile(64, 4, 3, 64), 128: Tile(64, 8, 1, 128)},
-    4: {16: Tile(32, 4, 2, 64), 32: Tile(64, 8, 2, 64), 64: Tile(64, 8, 2, 64), 128: Tile(32, 8, 1, 64)},
+    4: {16: Tile(32, 4, 2, 64), 32: Tile(64, 8, 2, 64), 64: Tile(32, 4, 2, 64), 128: Tile(32, 8, 1, 64)},
 }
 # dM, and dv in the same pass
 BACKWARD: Tiles = {
-    2: {16: Tile(64, 8, 2), 32: Tile(64, 8, 2), 64: Tile(64, 8, 2)},
-    4: {16: Tile(16, 4, 3), 32: Tile(16, 4, 3)},
+    2: {16: Tile(32, 4, 3), 32: Tile(64, 8, 1), 64: Tile(64, 8, 1)},
+    4: {16: Tile(16, 4, 1), 32: Tile(16, 4, 3)},
 }
 # dM alone, where the registers do not hold both: dv is a product of its own then
 GRADIENT: Tiles = {

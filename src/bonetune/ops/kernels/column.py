@@ -17,20 +17,20 @@ from bonetune.ops.kernels.tiles import Tile, Tiles, diagonal, precision, splits,
 
 WEIGHT: Tiles = {
     2: {16: Tile(128, 4, 3), 32: Tile(128, 4, 3), 64: Tile(128, 4, 3), 128: Tile(128, 8, 3)},
-    4: {16: Tile(128, 4, 3), 32: Tile(128, 4, 3), 64: Tile(64, 4, 3), 128: Tile(32, 8, 1)},
+    4: {16: Tile(128, 4, 3), 32: Tile(128, 4, 3), 64: Tile(64, 8, 2), 128: Tile(64, 8, 2, 32)},
 }
 PRODUCT: Tiles = {
     2: {16: Tile(32, 4, 3, 64), 32: Tile(32, 4, 3, 64), 64: Tile(32, 4, 3, 64), 128: Tile(32, 8, 1, 64)},
-    4: {16: Tile(32, 4, 3, 64), 32: Tile(32, 8, 3, 64), 64: Tile(16, 8, 1, 32), 128: Tile(16, 8, 1, 32)},
+    4: {16: Tile(32, 4, 3, 64), 32: Tile(32, 8, 3, 64), 64: Tile(16, 8, 1, 32), 128: Tile(16, 8, 1, 32, height=32)},
 }
 PRODUCT_BACKWARD: Tiles = {
-    2: {16: Tile(32, 4, 3, 64), 32: Tile(32, 4, 3, 64), 64: Tile(32, 4, 3, 64), 128: Tile(32, 4, 1, 64)},
-    4: {16: Tile(32, 4, 3, 64), 32: Tile(16, 8, 3, 64), 64: Tile(32, 4, 1, 32), 128: Tile(16, 8, 1, 32)},
+    2: {16: Tile(32, 4, 3, 64), 32: Tile(32, 4, 3, 64), 64: Tile(32, 4, 3, 64), 128: Tile(32, 8, 1, 64)},
+    4: {16: Tile(32, 4, 3, 64), 32: Tile(16, 8, 2, 64), 64: Tile(32, 4, 1, 32), 128: Tile(16, 8, 1, 32, height=32)},
 }
 # dW' has r rows and part * shards columns on chip: the larger, the less often x and dy are read from the second-level cache
 GRADIENT: Tiles = {
     2: {16: Tile(64, 4, 2, 16, 8), 32: Tile(64, 4, 3, 32, 4), 64: Tile(64, 8, 3, 64, 2), 128: Tile(64, 8, 2, 64, 1)},
-    4: {16: Tile(64, 4, 1, 16, 8), 32: Tile(32, 8, 2, 32, 2), 64: Tile(16, 8, 2, 64, 1), 128: Tile(16, 8, 1, 32, 1)},
+    4: {16: Tile(64, 4, 1, 16, 8), 32: Tile(32, 8, 2, 32, 2), 64: Tile(16, 8, 2, 64, 1), 128: Tile(16, 8, 1, 16, 1, height=64)},
 }
 
 
@@ -39,7 +39,8 @@ def weight(W: Tensor, B: Tensor, scale: float, plus: Tensor | None) -> Tensor:
     out, features = W.shape
     r = B.shape[-1]
     total, tile = torch.empty_like(W), WEIGHT[W.element_size()][r]
-    grid = (triton.cdiv(features, tile.rows), out // r)
+    part = tile.part or r
+    grid = (triton.cdiv(features, tile.rows), out // r, r // part)
     weight_kernel[grid](
         W,
         B,
@@ -49,6 +50,7 @@ def weight(W: Tensor, B: Tensor, scale: float, plus: Tensor | None) -> Tensor:
         scale,
         *B.stride(),
         R=r,
+        PART=part,
         ROWS=tile.rows,
         PLUS=plus is not None,
         PRECISION=precision(W.dtype),
@@ -69,20 +71,25 @@ def weight_kernel(
     stride_i,
     stride_j,
     R: tl.constexpr,
+    PART: tl.constexpr,
     ROWS: tl.constexpr,
     PLUS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Programs: tiles of rows, row blocks. W[a] (r, in) is, as it lies in memory, (in, r): row o * in / r + b is W[a,b][o]."""
+    """Programs: tiles of rows, row blocks, parts of a shard's columns.
+
+    W[a] (r, in) is, as it lies in memory, (in, r): row o * in / r + b is W[a,b][o].
+    """
     dtype: tl.constexpr = W.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, R)[None, :]
+    column = tl.program_id(2) * PART + tl.arange(0, PART)[None, :]
     i = tl.arange(0, R)[:, None]
     inside = row < features
     block = B + tl.program_id(1) * stride_a
     matrix = (scale * tl.load(block + i * stride_i + column * stride_j).to(tl.float32)).to(dtype)
-    place = (tl.program_id(1).to(tl.int64) * features + row) * R + column
-    change = tl.dot(tl.load(W + place, mask=inside, other=0.0), matrix, input_precision=PRECISION)
+    wide = (tl.program_id(1).to(tl.int64) * features + row) * R
+    place = wide + column
+    change = tl.dot(tl.load(W + wide + tl.arange(0, R)[None, :], mask=inside, other=0.0), matrix, input_precision=PRECISION)
     o = row // (features // R)
     change += scale * tl.load(block + o * stride_i + column * stride_j, mask=inside, other=0.0).to(tl.float32)
     if PLUS:
@@ -94,7 +101,7 @@ def weight_kernel(
 def transformed(
     W,
     B,
-    a,
+    start,
     group,
     part,
     features,
@@ -105,24 +112,25 @@ def transformed(
     R: tl.constexpr,
     WIDTH: tl.constexpr,
     PART: tl.constexpr,
+    HEIGHT: tl.constexpr,
     WITH_WEIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """W' of row block a, of the columns part * PART ... of a group of WIDTH, rounded once to W's dtype. (R, PART).
+    """W' from row `start`, of the columns part * PART ... of a group of WIDTH, rounded once to W's dtype. (HEIGHT, PART).
 
     Without W itself unless WITH_WEIGHT.
     """
     dtype: tl.constexpr = W.dtype.element_ty
-    o = tl.arange(0, R)[:, None]
+    o = start + tl.arange(0, HEIGHT)[:, None]
     k = group * WIDTH + tl.arange(0, WIDTH)[None, :]
     across = part * PART + tl.arange(0, PART)[None, :]
     column = group * WIDTH + across
-    row = W + (a * R + o).to(tl.int64) * features
-    block = B + a * stride_a
+    row = W + o.to(tl.int64) * features
+    block = B + start // R * stride_a
     frozen = tl.load(row + k, mask=k < features, other=0.0)
     matrix = (scale * diagonal(block, 0, WIDTH // R, across, 0, stride_i, stride_j, R, WIDTH)).to(dtype)
     changed = tl.dot(frozen, matrix, input_precision=PRECISION)
-    changed += scale * tl.load(block + o * stride_i + (across % R) * stride_j).to(tl.float32)
+    changed += scale * tl.load(block + (o % R) * stride_i + (across % R) * stride_j).to(tl.float32)
     if WITH_WEIGHT:
         changed += tl.load(row + column, mask=column < features, other=0.0).to(tl.float32)
     return tl.where(column < features, changed, 0.0).to(dtype)
@@ -134,7 +142,7 @@ def product(x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None, scale: float, 
     out, r = len(W), B.shape[-1]
     y, tile = x.new_empty(n, out), PRODUCT[x.element_size()][r]
     if n:
-        product_kernel[(triton.cdiv(n, tile.rows), out // r)](
+        product_kernel[(triton.cdiv(n, tile.rows), out // (tile.height or r))](
             x,
             W,
             B,
@@ -148,6 +156,7 @@ def product(x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None, scale: float, 
             R=r,
             WIDTH=width(r),
             PART=tile.part,
+            HEIGHT=tile.height or r,
             ROWS=tile.rows,
             WITH_WEIGHT=with_weight,
             BIAS=bias is not None,
@@ -174,25 +183,41 @@ def product_kernel(
     R: tl.constexpr,
     WIDTH: tl.constexpr,
     PART: tl.constexpr,
+    HEIGHT: tl.constexpr,
     ROWS: tl.constexpr,
     WITH_WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Programs: tiles of rows, row blocks of W."""
-    a = tl.program_id(1)
+    """Programs: tiles of rows, parts of the row blocks of W."""
+    start = tl.program_id(1) * HEIGHT
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     live = row < n
-    total = tl.zeros((ROWS, R), tl.float32)
+    total = tl.zeros((ROWS, HEIGHT), tl.float32)
     for step in range(tl.cdiv(features, PART)):
         group, part = step * PART // WIDTH, step % (WIDTH // PART)
         column = step * PART + tl.arange(0, PART)[None, :]
         v = tl.load(x + row.to(tl.int64) * features + column, mask=live & (column < features), other=0.0)
         matrix = transformed(
-            W, B, a, group, part, features, scale, stride_a, stride_i, stride_j, R, WIDTH, PART, WITH_WEIGHT, PRECISION
+            W,
+            B,
+            start,
+            group,
+            part,
+            features,
+            scale,
+            stride_a,
+            stride_i,
+            stride_j,
+            R,
+            WIDTH,
+            PART,
+            HEIGHT,
+            WITH_WEIGHT,
+            PRECISION,
         )
         total = tl.dot(v, tl.trans(matrix), total, input_precision=PRECISION)
-    column = a * R + tl.arange(0, R)[None, :]
+    column = start + tl.arange(0, HEIGHT)[None, :]
     if BIAS:
         total += tl.load(bias + column).to(tl.float32)
     tl.store(y + row.to(tl.int64) * out + column, total, mask=live)
@@ -218,6 +243,7 @@ def product_backward(dy: Tensor, W: Tensor, B: Tensor, scale: float, with_weight
             R=r,
             WIDTH=width(r),
             PART=tile.part,
+            HEIGHT=tile.height or r,
             ROWS=tile.rows,
             WITH_WEIGHT=with_weight,
             PRECISION=precision(dy.dtype),
@@ -242,6 +268,7 @@ def product_backward_kernel(
     R: tl.constexpr,
     WIDTH: tl.constexpr,
     PART: tl.constexpr,
+    HEIGHT: tl.constexpr,
     ROWS: tl.constexpr,
     WITH_WEIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -251,11 +278,27 @@ def product_backward_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     live = row < n
     total = tl.zeros((ROWS, PART), tl.float32)
-    for a in range(out // R):
-        column = a * R + tl.arange(0, R)[None, :]
+    for number in range(out // HEIGHT):
+        start = number * HEIGHT
+        column = start + tl.arange(0, HEIGHT)[None, :]
         g = tl.load(dy + row.to(tl.int64) * out + column, mask=live, other=0.0)
         matrix = transformed(
-            W, B, a, group, part, features, scale, stride_a, stride_i, stride_j, R, WIDTH, PART, WITH_WEIGHT, PRECISION
+            W,
+            B,
+            start,
+            group,
+            part,
+            features,
+            scale,
+            stride_a,
+            stride_i,
+            stride_j,
+            R,
+            WIDTH,
+            PART,
+            HEIGHT,
+            WITH_WEIGHT,
+            PRECISION,
         )
         total = tl.dot(g, matrix, total, input_precision=PRECISION)
     column = group * WIDTH + part * PART + tl.arange(0, PART)[None, :]
@@ -267,11 +310,12 @@ def gradient(x: Tensor, dy: Tensor, W: Tensor, r: int, scale: float) -> Tensor:
     n, features = x.shape
     out, tile = len(W), GRADIENT[x.element_size()][r]
     groups, halves = triton.cdiv(features, r * tile.shards), r // tile.part
+    height = tile.height or r
     parts = splits(out // tile.part, groups)
     step = triton.cdiv(groups, parts)
     parts = triton.cdiv(groups, step)
     partial = torch.empty(parts, out // r, r, r, dtype=torch.float32, device=x.device)
-    gradient_kernel[(out // r, parts, halves)](
+    gradient_kernel[(out // r, parts, halves * (r // height))](
         x,
         dy,
         W,
@@ -284,6 +328,7 @@ def gradient(x: Tensor, dy: Tensor, W: Tensor, r: int, scale: float) -> Tensor:
         R=r,
         PART=tile.part,
         SHARDS=tile.shards,
+        HEIGHT=height,
         ROWS=tile.rows,
         PRECISION=precision(x.dtype),
         **tile.launch,
@@ -305,10 +350,11 @@ def gradient_kernel(
     R: tl.constexpr,
     PART: tl.constexpr,
     SHARDS: tl.constexpr,
+    HEIGHT: tl.constexpr,
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Programs: row blocks, parts of the shards, parts of a shard's columns. partial (parts, out / R, R, R).
+    """Programs: row blocks, parts of the shards, parts of dB. partial (parts, out / R, R, R).
 
     Of a row block and SHARDS shards, W[a,b] and dW'[a,b] are, read row by row, matrices of SHARDS * R rows: row o * SHARDS + b.
     One product of the two sums over rows and shards at once.
@@ -318,8 +364,8 @@ def gradient_kernel(
     block = a * R + tl.arange(0, R)[None, :]
     wide = tl.arange(0, R * SHARDS)[:, None]
     across = tl.arange(0, SHARDS * PART)[None, :]
-    inner = tl.program_id(2) * PART
-    total = tl.zeros((R, PART), tl.float32)
+    inner, upper = tl.program_id(2) % (R // PART) * PART, tl.program_id(2) // (R // PART) * HEIGHT
+    total = tl.zeros((HEIGHT, PART), tl.float32)
     first = tl.program_id(1) * step
     for group in range(first, tl.minimum(first + step, tl.cdiv(features, SHARDS * R))):
         column = (group * SHARDS + across // PART) * R + inner + across % PART
@@ -330,12 +376,15 @@ def gradient_kernel(
             g = tl.load(dy + row.to(tl.int64) * out + block, mask=live, other=0.0)
             v = tl.load(x + row.to(tl.int64) * features + column, mask=live & (column < features), other=0.0)
             change = tl.dot(tl.trans(g), v, change, input_precision=PRECISION)
-        at = (group * SHARDS + wide % SHARDS) * R + tl.arange(0, R)[None, :]
+        at = (group * SHARDS + wide % SHARDS) * R + upper + tl.arange(0, HEIGHT)[None, :]
         place = (a * R + wide // SHARDS).to(tl.int64) * features + at
         frozen = tl.load(W + place, mask=at < features, other=0.0)
+        if HEIGHT < R:  # W + I, whose product is the whole sum; in float32 alone, where W loses nothing by it
+            frozen += (upper + tl.arange(0, HEIGHT)[None, :] == wide // SHARDS).to(dtype)
         below = tl.reshape(change, (R * SHARDS, PART))
         total = tl.dot(tl.trans(frozen), below.to(dtype), total, input_precision=PRECISION)
-        total += tl.sum(tl.reshape(change, (R, SHARDS, PART)), axis=1)
-    i, j = tl.arange(0, R)[:, None], inner + tl.arange(0, PART)[None, :]
+        if HEIGHT == R:
+            total += tl.sum(tl.reshape(change, (R, SHARDS, PART)), axis=1)
+    i, j = upper + tl.arange(0, HEIGHT)[:, None], inner + tl.arange(0, PART)[None, :]
     place = ((tl.program_id(1).to(tl.int64) * (out // R) + a) * R + i) * R + j
     tl.store(partial + place, scale * total)

@@ -14,11 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonetune.ops.kernels.tiles import folded, precision, width
+from bonetune.ops.kernels.tiles import Tile, Tiles, diagonal, folded, precision, width
 
-# What generation needs: one token of each row. Longer rows take several tiles.
+# Tokens of a row in a tile: generation has one, and tensor cores want 16. Longer rows take several tiles.
 TOKENS = 16
-COLUMNS = 64
+COLUMNS = 64  # of the result, in a tile of `product`
+BLOCKS: Tiles = {
+    2: {16: Tile(16, 4, 3), 32: Tile(16, 4, 3), 64: Tile(16, 4, 3), 128: Tile(16, 8, 1)},
+    4: {16: Tile(16, 4, 2), 32: Tile(16, 4, 2), 64: Tile(16, 8, 1), 128: Tile(16, 8, 1, 64)},
+}
 
 
 def product(v: Tensor, matrices: Sequence[Tensor], index: Tensor, scales: Tensor) -> Tensor:
@@ -86,9 +90,10 @@ def block_product(
     """
     rows, tokens, features = v.shape
     r = blocks[0].shape[-1]
-    p, sums = torch.empty_like(v), v.new_empty(rows, tokens, r)
+    p, sums, sizes = torch.empty_like(v), v.new_empty(rows, tokens, r), BLOCKS[v.element_size()][r]
+    part = sizes.part or width(r)
     if v.numel():
-        block_kernel[(rows, triton.cdiv(tokens, TOKENS))](
+        block_kernel[(rows, triton.cdiv(tokens, sizes.rows), width(r) // part)](
             v,
             _addresses(blocks),
             blocks[0],
@@ -102,10 +107,12 @@ def block_product(
             *((1, r) if transposed else (r, 1)),
             R=r,
             WIDTH=width(r),
-            TOKENS=TOKENS,
+            PART=part,
+            TOKENS=sizes.rows,
             SHARED=len(blocks[0]) == 1,
             TILE=tile is not None,
             PRECISION=precision(v.dtype),
+            **sizes.launch,
         )
     return p, sums
 
@@ -126,12 +133,13 @@ def block_kernel(
     stride_j,
     R: tl.constexpr,
     WIDTH: tl.constexpr,
+    PART: tl.constexpr,
     TOKENS: tl.constexpr,
     SHARED: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Programs: rows, tiles of tokens."""
+    """Programs: rows, tiles of tokens, parts of a group's columns (where a group is one shard)."""
     dtype: tl.constexpr = v.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
@@ -143,25 +151,24 @@ def block_kernel(
     shard = tl.zeros((TOKENS, WIDTH), tl.float32)
     if TILE:
         shard = tl.load(tile + (row * tokens + token) * R + across % R, mask=live, other=0.0).to(tl.float32)
-    folding = tl.zeros((TOKENS, WIDTH), tl.float32)
-    i = tl.arange(0, WIDTH)[:, None]
+    own_columns = tl.program_id(2) * PART + tl.arange(0, PART)[None, :]
+    folding = tl.zeros((TOKENS, PART), tl.float32)
+    between = 0 if SHARED else R * R
     for group in range(tl.cdiv(features, WIDTH)):
         column = group * WIDTH + across
         inside = live & (column < features)
-        place = (row * tokens + token) * features + column
-        u = tl.load(v + place, mask=inside, other=0.0)
+        u = tl.load(v + (row * tokens + token) * features + column, mask=inside, other=0.0)
         if TILE:
             u = tl.where(inside, u.to(tl.float32) + shard, 0.0).to(dtype)
-        block = group * (WIDTH // R) + i // R
-        offset = (i % R) * stride_i + (across % R) * stride_j
-        if not SHARED:
-            offset += block * R * R
-        matrix = tl.load(blocks + offset, mask=(i // R == across // R) & (block < features // R), other=0.0)
-        result = tl.dot(u, (scale * matrix.to(tl.float32)).to(dtype), input_precision=PRECISION)
+        at = group * (WIDTH // R)
+        matrix = diagonal(blocks, at, features // R, own_columns, between, stride_i, stride_j, R, WIDTH)
+        result = tl.dot(u, (scale * matrix).to(dtype), input_precision=PRECISION)
         folding += result
-        tl.store(p + place, result, mask=inside)
-    place = (row * tokens + token) * R + tl.arange(0, R)[None, :]
-    tl.store(sums + place, folded(folding, TOKENS, R, WIDTH), mask=live)
+        column = group * WIDTH + own_columns
+        tl.store(p + (row * tokens + token) * features + column, result, mask=live & (column < features))
+    NARROW: tl.constexpr = R if PART > R else PART
+    place = (row * tokens + token) * R + tl.program_id(2) * PART + tl.arange(0, NARROW)[None, :]
+    tl.store(sums + place, folded(folding, TOKENS, NARROW, PART), mask=live)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Tensor:

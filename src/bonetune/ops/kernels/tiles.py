@@ -25,6 +25,7 @@ class Tile(NamedTuple):
         warps, stages: Triton's `num_warps`, `num_stages`.
         part: columns of a shard or of a group of shards that are made at a time; 0 is all.
         shards: how many shards' columns.
+        height: rows of a row block that are made at a time; 0 is all.
     """
 
     rows: int
@@ -32,6 +33,7 @@ class Tile(NamedTuple):
     stages: int
     part: int = 0
     shards: int = 1
+    height: int = 0
 
     @property
     def launch(self) -> dict[str, int]:
