@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks import machine
 from benchmarks.interpreter import bfloat16_products
+from benchmarks.layers import forward_backward, short
 from benchmarks.methods import adapt, lora_rank, named
 from benchmarks.results import markdown
 from benchmarks.timing import Sample, Step, interleaved, ratio
@@ -126,8 +127,7 @@ def _case(where: Place, spec: ShardSpec, dtype: torch.dtype, shape: tuple[int, i
     ours, plain = by("triton"), by("torch")
     for name, want in expected.items():
         error, other = (((got[name].double() - want).norm() / want.norm()).item() for got in (ours, plain))
-        short = str(dtype).removeprefix("torch.")
-        yield Checked(spec.variant, spec.r, short, shape, name, error, other, error < TOLERANCE[dtype])
+        yield Checked(spec.variant, spec.r, short(dtype), shape, name, error, other, error < TOLERANCE[dtype])
 
 
 def timed(where: Place, rounds: int) -> list[dict[str, Any]]:
@@ -144,7 +144,7 @@ def timed(where: Place, rounds: int) -> list[dict[str, Any]]:
                 model = adapt(layer, method)
                 if backend:
                     set_backend(model, backend)
-                steps[f"{name} {backend}".strip()] = _step(model, x, dy)
+                steps[f"{name} {backend}".strip()] = forward_backward(model, x, dy)
         seconds = interleaved(steps, rounds, where.shortest, where.sample)
         about = {"out": out, "in": features, "tokens": tokens, "lora_rank": lora_rank([(out, features)])}
         for name, mine in seconds.items():
@@ -152,21 +152,11 @@ def timed(where: Place, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _step(model: nn.Module, x: Tensor, dy: Tensor) -> Step:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-
-    def step() -> None:
-        leaf = x.detach().requires_grad_()
-        torch.autograd.grad(model(leaf), [leaf, *trainable], dy)
-
-    return step
-
-
 def _checks_table(checks: list[Checked]) -> str:
     """The worst error of each variant and dtype."""
     lines = []
     for variant in VARIANTS:
-        for dtype in (str(d).removeprefix("torch.") for d in DTYPES):
+        for dtype in map(short, DTYPES):
             mine = [c for c in checks if (c.variant, c.dtype) == (variant, dtype)]
             worst = max(mine, key=lambda c: c.triton)
             verdict = "passed" if all(c.passed for c in mine) else "FAILED"

@@ -24,13 +24,13 @@ def run(rounds: int, quick: bool) -> Result:
     for dtype in (torch.bfloat16, torch.float32):
         measured = [measure(*shape, dtype, rounds) for shape in (SHAPES[:1] if quick else SHAPES)]
         rows += [row for of_shape in measured for row in of_shape]
-        texts.append(_tables(measured, _short(dtype)))
+        texts.append(_tables(measured, short(dtype)))
     return Result(rows, "\n\n".join(texts))
 
 
 def measure(out: int, inp: int, tokens: int, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """For each method: CPU time over the frozen layer's, its floor, and what is kept for backward; then ours over PEFT's."""
-    print(f"layer {out} x {inp}, {tokens} tokens, {_short(dtype)}", file=sys.stderr)
+    print(f"layer {out} x {inp}, {tokens} tokens, {short(dtype)}", file=sys.stderr)
     torch.manual_seed(0)
     x, dy = torch.randn(tokens, inp, dtype=dtype), torch.randn(tokens, out, dtype=dtype)
     models = {
@@ -38,8 +38,8 @@ def measure(out: int, inp: int, tokens: int, dtype: torch.dtype, rounds: int) ->
         for name, method in _methods(dtype).items()
     }
     saved = {name: _saved(model, x) for name, model in models.items()}
-    seconds = interleaved({name: _step(model, x, dy) for name, model in models.items()}, rounds)
-    about = {"out": out, "in": inp, "tokens": tokens, "dtype": _short(dtype)}
+    seconds = interleaved({name: forward_backward(model, x, dy) for name, model in models.items()}, rounds)
+    about = {"out": out, "in": inp, "tokens": tokens, "dtype": short(dtype)}
     rows = []
     for name, mine in seconds.items():
         least = floor(METHODS[name].formula, out, inp, tokens, r=R, k=lora_rank([(out, inp)]))
@@ -57,7 +57,8 @@ def _methods(dtype: torch.dtype) -> dict[str, Method]:
     return {name: method for name, method in METHODS.items() if not (wide and (method.narrow or name.endswith("exact")))}
 
 
-def _step(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+def forward_backward(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """What is timed: both passes, with respect to x and what is trained."""
     trainable = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:
@@ -102,5 +103,6 @@ def _tables(measured: list[list[dict[str, Any]]], dtype: str) -> str:
     )
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """Its name without torch."""
     return str(dtype).removeprefix("torch.")

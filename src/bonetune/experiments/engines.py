@@ -80,7 +80,7 @@ def _begin() -> None:
 def _ray(comparison: Comparison) -> Iterator[Engine]:
     try:
         import ray  # pyright: ignore[reportMissingImports]  (an extra)
-        from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]  (the same)
     except ImportError as error:
         raise InputError("engine: ray needs a package that is not installed: pip install 'bonetune[ray]'.") from error
     began = not ray.is_initialized()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bonetune.errors import InputError
+from bonetune.ops.shards import FEW_ROWS
 
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -17,8 +18,9 @@ SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The oldest GPUs they are compiled for in the tests, by compute capability: A100 and RTX 30.
 OLDEST = (8, 0)
-# With fewer rows it is what is called that costs; see `bonetune.ops.shards.FEW_ROWS`.
-FEWEST_ROWS = 17
+# With fewer rows it is what is called that costs.
+FEWEST_ROWS = FEW_ROWS + 1
+INSTALLED = find_spec("triton") is not None  # asked once: layers ask for the kernels at each call
 
 
 def use_kernels(backend: Backend, x: Tensor, sizes: Iterable[int], fewest: int = FEWEST_ROWS) -> bool:
@@ -42,7 +44,7 @@ def use_kernels(backend: Backend, x: Tensor, sizes: Iterable[int], fewest: int =
 
 def _against_kernels(x: Tensor, sizes: Iterable[int]) -> str:
     """Why the kernels cannot be used, or nothing."""
-    if find_spec("triton") is None:
+    if not INSTALLED:
         return "Triton is not installed: pip install 'bonetune[triton]'"
     if x.dtype not in DTYPES:
         return f"the kernels take {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {str(x.dtype)[6:]}"

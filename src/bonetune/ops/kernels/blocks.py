@@ -39,9 +39,7 @@ def block_product(
     r = blocks.shape[-1]
     tile_sizes = PRODUCT[v.element_size()][r]
     groups, tiles = triton.cdiv(features, width(r)), triton.cdiv(n, tile_sizes.rows)
-    parts = splits(tiles, groups)
-    step = triton.cdiv(groups, parts)
-    parts = triton.cdiv(groups, step)
+    step, parts = splits(max(tiles, 1), groups)
     total, halves = torch.empty_like(v), width(r) // tile_sizes.part
     sums = torch.empty(parts, n if summed else 0, r, dtype=v.dtype if parts == 1 else torch.float32, device=v.device)
     if n:
@@ -176,8 +174,7 @@ def _backward(
     n, features = dp.shape
     r, shared = blocks.shape[-1], len(blocks) == 1
     groups, steps = triton.cdiv(features, width(r)), max(1, triton.cdiv(n, tile.rows))
-    step = triton.cdiv(steps, splits(groups, steps))
-    parts = triton.cdiv(steps, step)
+    step, parts = splits(groups, steps)
     partial = torch.empty(parts, features // r, r, r, dtype=torch.float32, device=dp.device)
     backward_kernel[(groups, parts)](
         v,

@@ -311,9 +311,7 @@ def gradient(x: Tensor, dy: Tensor, W: Tensor, r: int, scale: float) -> Tensor:
     out, tile = len(W), GRADIENT[x.element_size()][r]
     groups, halves = triton.cdiv(features, r * tile.shards), r // tile.part
     height = tile.height or r
-    parts = splits(out // tile.part, groups)
-    step = triton.cdiv(groups, parts)
-    parts = triton.cdiv(groups, step)
+    step, parts = splits(out // tile.part, groups)
     partial = torch.empty(parts, out // r, r, r, dtype=torch.float32, device=x.device)
     gradient_kernel[(out // r, parts, halves * (r // height))](
         x,

@@ -22,9 +22,7 @@ def shard_sum(x: Tensor, r: int) -> Tensor:
     n, features = x.shape
     groups = triton.cdiv(features, width(r))
     tiles = triton.cdiv(n, SUM_ROWS)
-    parts = splits(tiles, groups)
-    step = triton.cdiv(groups, parts)
-    parts = triton.cdiv(groups, step)
+    step, parts = splits(max(tiles, 1), groups)
     sums = torch.empty(parts, n, r, dtype=x.dtype if parts == 1 else torch.float32, device=x.device)
     if n:
         sum_kernel[(tiles, parts)](x, sums, n, features, step, R=r, WIDTH=width(r), ROWS=SUM_ROWS)

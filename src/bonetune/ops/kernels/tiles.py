@@ -50,9 +50,10 @@ def width(r: int) -> int:
     return max(r, NARROWEST)
 
 
-def splits(programs: int, steps: int) -> int:
-    """Into how many parts a loop of `steps` is cut, so that `programs` become enough. The device plays no part in it."""
-    return max(1, min(steps, -(-PROGRAMS // programs)))
+def splits(programs: int, steps: int) -> tuple[int, int]:
+    """(steps of a part, parts): how a loop of `steps` is cut, so that `programs` become enough, whatever the device."""
+    step = triton.cdiv(steps, max(1, min(steps, triton.cdiv(PROGRAMS, programs))))
+    return step, triton.cdiv(steps, step)
 
 
 def precision(dtype: torch.dtype) -> str:
