@@ -54,7 +54,7 @@ def cases(dtype: torch.dtype, r: int) -> dict[str, Callable[[], object]]:
     M, one = empty(FEATURES // r, r, r, dtype=torch.float32), empty(1, r, r, dtype=torch.float32)
     B, D = empty(OUT // r, r, r, dtype=torch.float32), empty(r, OUT, dtype=torch.float32)
     few, few_t, few_dy = v[:FEW], t[:FEW], dy[:FEW]
-    index, scales = empty(8, dtype=torch.int32), empty(2, dtype=torch.float32)
+    index, scales = [0, 1] * 4, [0.5, 1.0]
     by_row, t_by_row = v[:8, None], t[:8, None]
     return {
         "shard sum": lambda: shards.shard_sum(v, r),
@@ -71,7 +71,7 @@ def cases(dtype: torch.dtype, r: int) -> dict[str, Callable[[], object]]:
         "gathered product": lambda: gathered.product(t_by_row, [D, D], index, scales),
         "gathered block product": lambda: gathered.block_product(by_row, [M, M], index, scales, t_by_row, True),
         "gathered block product, one block": lambda: gathered.block_product(
-            by_row, [one], index, scales, few_t[:8, None], False
+            by_row, [one, one], index, scales, few_t[:8, None], False
         ),
     }
 

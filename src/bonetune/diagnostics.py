@@ -6,7 +6,10 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("bonetune", "torch", "peft", "transformers", "accelerate", "datasets", "trl", "safetensors")
 
@@ -31,6 +34,16 @@ def environment() -> dict[str, Any]:
         "mps": torch.backends.mps.is_available(),
         **{package: version(package) for package in _PACKAGES},
     }
+
+
+def lacks_instructions_for(dtype: "torch.dtype") -> bool:
+    """Whether this computer's only processor is a CPU on which torch has no fast products of this narrow dtype."""
+    import torch
+
+    if torch.accelerator.is_available() or not torch.backends.mkldnn.is_available():
+        return False
+    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype in known and not getattr(torch.ops.mkldnn, known[dtype])()
 
 
 def peak_memory() -> int:

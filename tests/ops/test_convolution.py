@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bonetune.ops import Update, merge
+from bonetune.ops import Rows, Update, merge
 from bonetune.ops.convolution import adapted_convolution, as_kernel, matrices
 from bonetune.spec import VARIANTS, ShardSpec
 
@@ -122,7 +122,7 @@ def test_dropout_enters_the_update_alone(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_update_is_for_its_rows(variant):
     layer, x, (update,) = case("3x3", [variant])
-    y = adapted_convolution(Frozen(layer, True), x, [update._replace(rows=torch.tensor([2, 0]))])
+    y = adapted_convolution(Frozen(layer, True), x, [update._replace(rows=Rows([2, 0]))])
     expected = by_the_merged_kernel(layer, x, [update])
     torch.testing.assert_close(y[[0, 2]], expected[[0, 2]])
     torch.testing.assert_close(y[1], layer(x)[1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bonetune.ops import Update, adapted_linear, apply, column, shards
+from bonetune.ops import Rows, Update, adapted_linear, apply, column, shards
 from bonetune.spec import VARIANTS, ShardSpec
 
 BLOCKWISE = [v for v in VARIANTS if v not in ("bone", "mini")]
@@ -359,13 +359,13 @@ def test_autocast_that_sums_in_float32(variant, layer, n):
 def test_rows_of_a_batch_with_adapters_of_their_own(first, second):
     """Row 0 has no adapter, 1 and 4 the first, 2 the second, 3 both."""
     W, bias, x, (one, two) = make([first, second], 12, 8, 4, 3, n=(5, 3))
-    updates = [one._replace(rows=torch.tensor([1, 3, 4])), two._replace(rows=torch.tensor([3, 2]))]
+    updates = [one._replace(rows=Rows([1, 3, 4])), two._replace(rows=Rows([3, 2]))]
     assert_equals_reference(W, bias, x, updates)
 
 
 def test_a_mixed_batch_makes_each_shard_sum_and_the_frozen_product_once(monkeypatch):
     W, bias, x, updates = make(["bone", "mini", "bone"], 12, 8, 4, 3, n=(3, 2))
-    updates = [u._replace(rows=torch.tensor([i])) for i, u in enumerate(updates)]
+    updates = [u._replace(rows=Rows([i])) for i, u in enumerate(updates)]
     sums, products = [], []
     monkeypatch.setattr(shards, "shard_sum", lambda v, r, **_: sums.append(v.shape) or v.unflatten(-1, (-1, r)).sum(-2))
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks.interpreter import bfloat16_products
 from bonetune.errors import InputError
-from bonetune.ops import Update, adapted_linear, apply, operators
+from bonetune.ops import Rows, Update, adapted_linear, apply, operators
 from bonetune.ops.backend import SIZES, use_kernels
 from bonetune.spec import VARIANTS, ShardSpec
 
@@ -186,7 +186,7 @@ def test_each_row_with_its_own_adapter(variant, tokens, dtype):
     out, features, rows = 48, 80, 6
     W, bias, _, updates = make([variant] * 3, 16, out, features, rows, dtype)
     x = torch.randn(rows, tokens, features, generator=torch.Generator().manual_seed(1)).to(dtype)
-    owners = [torch.tensor(o) for o in ([0, 3], [5], [1, 4])]  # row 2 has none
+    owners = [Rows(o) for o in ([0, 3], [5], [1, 4])]  # row 2 has none
     updates = [u._replace(theta=u.theta.detach(), rows=o) for u, o in zip(updates, owners, strict=True)]
     wide = [u._replace(theta=u.theta.double()) for u in updates]
     y = adapted_linear(Frozen(W, bias, True), x, updates, backend="triton")
@@ -194,11 +194,21 @@ def test_each_row_with_its_own_adapter(variant, tokens, dtype):
     close(y[2], nn.functional.linear(x[2], W, bias), dtype, "the row without an adapter")
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_row_with_two_adapters_of_one_kind_gets_both(variant):
+    W, bias, _, updates = make([variant] * 3, 16, 48, 80, 5, torch.float32)
+    x = torch.randn(5, 3, 80, generator=torch.Generator().manual_seed(1))
+    rows = ([0, 3], [3, 4], [1])
+    updates = [u._replace(theta=u.theta.detach(), rows=Rows(o)) for u, o in zip(updates, rows, strict=True)]
+    expected = apply(x.double(), W.double(), [u._replace(theta=u.theta.double()) for u in updates], bias.double())
+    close(adapted_linear(Frozen(W, bias, True), x, updates, backend="triton"), expected, torch.float32, "y")
+
+
 def test_adapters_of_several_kinds_in_one_batch():
     variants = ("bone", "bat-row", "bat-left", "bat", "bone")
     W, bias, _, updates = make(variants, 16, 48, 80, 5, torch.float32)
     x = torch.randn(5, 3, 80, generator=torch.Generator().manual_seed(1))
-    updates = [u._replace(theta=u.theta.detach(), rows=torch.tensor([k])) for k, u in enumerate(updates)]
+    updates = [u._replace(theta=u.theta.detach(), rows=Rows([k])) for k, u in enumerate(updates)]
     updates[0] = updates[0]._replace(spec=ShardSpec("bone", 32), theta=torch.randn(32, 48) / 6)  # another r: apart
     expected = apply(x.double(), W.double(), [u._replace(theta=u.theta.double()) for u in updates], bias.double())
     close(adapted_linear(Frozen(W, bias, True), x, updates, backend="triton"), expected, torch.float32, "y")

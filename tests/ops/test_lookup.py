@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bonetune.ops import Update, delta
+from bonetune.ops import Rows, Update, delta
 from bonetune.ops.lookup import looked_up
 from bonetune.spec import VARIANTS, ShardSpec
 
@@ -37,7 +37,7 @@ def test_a_ragged_last_shard(variant):
 def test_rows_of_the_batch_and_dropout_of_whole_ids(variant):
     W, update = case(variant)
     expected = looked_up(IDS, W, update)
-    torch.testing.assert_close(looked_up(IDS, W, update._replace(rows=torch.tensor([1]))), expected[1:])
+    torch.testing.assert_close(looked_up(IDS, W, update._replace(rows=Rows([1]))), expected[1:])
     mask = torch.tensor([[1.0], [0.0]], dtype=torch.float64).repeat(4, 1)
     dropped = looked_up(IDS, W, update._replace(dropout=lambda ones: ones * mask))
     torch.testing.assert_close(dropped, expected * mask.view(2, 4, 1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bonetune.errors import SpecError
-from bonetune.ops import Update, apply, delta, merge, unmerge
+from bonetune.ops import Rows, Update, apply, delta, merge, unmerge
 from bonetune.spec import VARIANTS, ShardSpec
 
 BLOCKWISE = [v for v in VARIANTS if v not in ("bone", "mini")]
@@ -159,7 +159,7 @@ def test_unmerge_refuses_bat_updates_of_different_kinds():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_update_may_be_for_some_rows_of_the_batch(variant):
     W, theta, spec = random_case(variant, 12, 8, 4, 3)
-    x, rows = torch.randn(4, 5, 8, dtype=torch.float64), torch.tensor([3, 1])
-    y = apply(x, W, [Update(theta, spec, rows=rows)])
+    x, rows = torch.randn(4, 5, 8, dtype=torch.float64), [3, 1]
+    y = apply(x, W, [Update(theta, spec, rows=Rows(rows))])
     torch.testing.assert_close(y[rows], apply(x[rows], W, [Update(theta, spec)]))
     torch.testing.assert_close(y[[0, 2]], x[[0, 2]] @ W.T)

@@ -1,3 +1,4 @@
+import importlib
 import json
 import tempfile
 from pathlib import Path
@@ -129,6 +130,15 @@ def test_a_lora_sized_learning_rate_is_remarked_on(settings):
         planned = plan(settings | {"learning_rate": 2e-2})
     assert len(planned.notes) == 1
     assert plan(settings | {"learning_rate": None}).notes == []
+
+
+def test_a_dtype_that_the_cpu_cannot_multiply_is_remarked_on(settings, monkeypatch):
+    """Without AVX512 a step of SmolLM2-135M took 240 s in bfloat16, and 11 s in float32."""
+    module = importlib.import_module("bonetune.training.plan")  # the package has a function of that name
+    monkeypatch.setattr(module, "lacks_instructions_for", lambda dtype: dtype == torch.bfloat16)
+    assert "set dtype to float32" in plan(settings | {"dtype": "bfloat16"}).notes[0]
+    assert "leave bf16 out" in plan(settings | {"bf16": True}).notes[0]
+    assert plan(settings).notes == []
 
 
 def test_a_plan_counts_what_it_will_do(settings):

@@ -2,11 +2,12 @@
 
 from bonetune.ops.fast import FrozenLinear, PlainWeight, adapted_linear
 from bonetune.ops.pieces import for_rows, merge_rows, row_pieces
-from bonetune.ops.reference import Update, apply, delta, merge, unmerge
+from bonetune.ops.reference import Rows, Update, apply, delta, merge, unmerge
 
 __all__ = [
     "FrozenLinear",
     "PlainWeight",
+    "Rows",
     "Update",
     "adapted_linear",
     "apply",

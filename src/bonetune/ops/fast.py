@@ -179,7 +179,7 @@ def _around(frozen: FrozenLinear, x: Tensor, updates: Sequence[Update], kernels:
         if u.rows is None:
             y.unflatten(-1, (-1, narrow.shape[-1])).add_(narrow.unsqueeze(-2))
         else:
-            y.index_add_(0, u.rows, _tiled(narrow, y.shape[-1]).to(y.dtype))
+            y.index_add_(0, u.rows.on(y.device), _tiled(narrow, y.shape[-1]).to(y.dtype))
     for g in together[_SHARED][0]:
         narrow = g.shared(sums[g.spec.r])
         y.unflatten(-1, (-1, narrow.shape[-1])).add_(narrow.unsqueeze(-2))

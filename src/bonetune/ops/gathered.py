@@ -21,14 +21,14 @@ class Gathered(NamedTuple):
     Args:
         spec: of all.
         thetas: their trainable tensors.
-        scales: their factors (adapters,), float32.
-        index: which of them each row has, int32 (rows,); -1 is none.
+        scales: their factors.
+        index: which of them each row of the batch has; -1 is none.
     """
 
     spec: ShardSpec
     thetas: list[Tensor]
-    scales: Tensor
-    index: Tensor
+    scales: list[float]
+    index: list[int]
 
     def added_to(self, y: Tensor, change: Tensor) -> Tensor:
         """Y + change, a new tensor in y's dtype."""
@@ -50,24 +50,27 @@ def gather(updates: Sequence[Update], x: Tensor, kernels: bool) -> tuple[list[Ga
     """The updates that can be computed together, and the others: those of all rows, with dropout, or to be trained."""
     if not kernels:
         return [], list(updates)
-    together: dict[tuple[ShardSpec, torch.dtype], list[Update]] = {}
+    together: dict[tuple[ShardSpec, torch.dtype], list[Gathered]] = {}
     others = []
     for u in updates:
         trained = torch.is_grad_enabled() and (x.requires_grad or u.theta.requires_grad)
         if u.rows is None or u.dropout is not None or trained or not u.theta.is_contiguous():
             others.append(u)
         else:
-            together.setdefault((u.spec, u.theta.dtype), []).append(u)
-    return [_gathered(spec, alike, x) for (spec, _), alike in together.items()], others
+            _join(together.setdefault((u.spec, u.theta.dtype), []), u, u.rows.numbers, len(x))
+    return [gathered for alike in together.values() for gathered in alike], others
 
 
-def _gathered(spec: ShardSpec, updates: list[Update], x: Tensor) -> Gathered:
-    index = torch.full((len(x),), -1, dtype=torch.int32, device=x.device)
-    for number, u in enumerate(updates):
-        assert u.rows is not None
-        index[u.rows] = number
-    scales = torch.tensor([u.scale for u in updates], dtype=torch.float32).to(x.device, non_blocking=True)
-    return Gathered(spec, [u.theta for u in updates], scales, index)
+def _join(alike: list[Gathered], u: Update, rows: Sequence[int], count: int) -> None:
+    """Add an update to the first of these whose updates leave its rows free, or to a new one."""
+    gathered = next((g for g in alike if all(g.index[row] < 0 for row in rows)), None)
+    if gathered is None:
+        gathered = Gathered(u.spec, [], [], [-1] * count)
+        alike.append(gathered)
+    for row in rows:
+        gathered.index[row] = len(gathered.thetas)
+    gathered.thetas.append(u.theta)
+    gathered.scales.append(float(u.scale))
 
 
 def _by_row(x: Tensor) -> Tensor:

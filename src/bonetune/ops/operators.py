@@ -135,7 +135,7 @@ def _(x: Tensor, dy: Tensor, W: Tensor, r: int, scale: float) -> Tensor:
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::gathered_product", mutates_args=())
-def gathered_product(v: Tensor, matrices: Sequence[Tensor], index: Tensor, scales: Tensor) -> Tensor:
+def gathered_product(v: Tensor, matrices: Sequence[Tensor], index: Sequence[int], scales: Sequence[float]) -> Tensor:
     """p_i = scale[k] * v_i M_k with k = index[i] (rows, tokens, l); zeros where k is -1. v (rows, tokens, r), M_k (r, l)."""
     from bonetune.ops.kernels import gathered
 
@@ -143,13 +143,13 @@ def gathered_product(v: Tensor, matrices: Sequence[Tensor], index: Tensor, scale
 
 
 @gathered_product.register_fake
-def _(v: Tensor, matrices: Sequence[Tensor], index: Tensor, scales: Tensor) -> Tensor:
+def _(v: Tensor, matrices: Sequence[Tensor], index: Sequence[int], scales: Sequence[float]) -> Tensor:
     return v.new_empty(*v.shape[:2], matrices[0].shape[1])
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::gathered_block_product", mutates_args=())
 def gathered_block_product(
-    v: Tensor, blocks: Sequence[Tensor], index: Tensor, scales: Tensor, tile: Tensor | None, transposed: bool
+    v: Tensor, blocks: Sequence[Tensor], index: Sequence[int], scales: Sequence[float], tile: Tensor | None, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """(p, sum_b p_b) with p_ib = scale[k] * (v_ib + tile_i) M_k[b], k = index[i]; zeros where k is -1."""
     from bonetune.ops.kernels import gathered
@@ -159,6 +159,6 @@ def gathered_block_product(
 
 @gathered_block_product.register_fake
 def _(
-    v: Tensor, blocks: Sequence[Tensor], index: Tensor, scales: Tensor, tile: Tensor | None, transposed: bool
+    v: Tensor, blocks: Sequence[Tensor], index: Sequence[int], scales: Sequence[float], tile: Tensor | None, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(v), v.new_empty(*v.shape[:2], blocks[0].shape[-1])

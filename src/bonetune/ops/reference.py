@@ -5,13 +5,31 @@ them. Symbols as in `bonetune.spec` and docs/math.md: W (out, in), blocks `W[a, 
 a and b number the blocks, i and j are row and column inside a block, k is summed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bonetune.spec import ShardSpec
+
+
+class Rows:
+    """Rows of a batch, for all layers that the batch goes through.
+
+    Args:
+        numbers: indices along the first dimension of x.
+    """
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self.numbers = tuple(numbers)
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The indices as int64 (rows,) on a device, where they are put once."""
+        if device not in self._on:
+            self._on[device] = torch.tensor(self.numbers, dtype=torch.int64, device=device)
+        return self._on[device]
 
 
 class Update(NamedTuple):
@@ -24,8 +42,7 @@ class Update(NamedTuple):
         dropout: applied to what enters the update, never to what enters the frozen weight.
         exact: whether a BAT update multiplies on its own instead of being rounded together with what it is added to. In
             exact arithmetic there is no difference; see docs/math.md on precision.
-        rows: the rows of the batch it is for, as indices along the first dimension of x; None is all of them. Merging knows
-            no batch and takes no account of it.
+        rows: the rows of the batch it is for; None is all of them. Merging knows no batch and takes no account of it.
     """
 
     theta: Tensor
@@ -33,11 +50,11 @@ class Update(NamedTuple):
     scale: float = 1.0
     dropout: Callable[[Tensor], Tensor] | None = None
     exact: bool = False
-    rows: Tensor | None = None
+    rows: Rows | None = None
 
     def selected(self, x: Tensor) -> Tensor:
         """The update's rows of x."""
-        return x if self.rows is None else x.index_select(0, self.rows)
+        return x if self.rows is None else x.index_select(0, self.rows.on(x.device))
 
     def entering(self, x: Tensor) -> Tensor:
         """What of x enters the update: its rows, after its dropout."""
@@ -47,7 +64,7 @@ class Update(NamedTuple):
     def added_to(self, y: Tensor, change: Tensor) -> Tensor:
         """Y with `change` added to the update's rows: a new tensor, in y's dtype."""
         change = change.to(y.dtype)
-        return y + change if self.rows is None else y.index_add(0, self.rows, change)
+        return y + change if self.rows is None else y.index_add(0, self.rows.on(y.device), change)
 
 
 def delta(weight: Tensor, theta: Tensor, spec: ShardSpec) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from bonetune.data import Encoded, EncodedSet, ExampleStream, Finding, Lengths, RowFormat, prepare, stream
 from bonetune.data.batches import Batch, BatchPlan
+from bonetune.diagnostics import lacks_instructions_for
 from bonetune.errors import InputError
 from bonetune.losses import check_loss
 from bonetune.models import Loaded, load_base, load_tokenizer, packed_attention, packing_obstacle
@@ -242,7 +243,7 @@ def plan(
         lengths=data.lengths,
         findings=data.findings,
         learning_rate=rate,
-        notes=[*notes, *why_not, *(finding.message for finding in data.findings)],
+        notes=[*notes, *why_not, *_slowness(config, loaded.model), *(finding.message for finding in data.findings)],
         prompts=data.prompts,
         opened=data.opened,
         row_format=data.row_format,
@@ -493,6 +494,18 @@ def _learning_rate(config: RunConfig) -> tuple[float, list[str]]:
     )
     warnings.warn(note, stacklevel=2)
     return config.learning_rate, [note]
+
+
+def _slowness(config: RunConfig, model: Any) -> list[str]:
+    """What to know of the run's dtype on this computer."""
+    dtypes, remedy = {p.dtype for p in model.parameters()}, "set dtype to float32"
+    if config.bf16:
+        dtypes, remedy = {torch.bfloat16}, "leave bf16 out"
+    return [
+        f"This CPU has no instructions for {str(dtype)[6:]}: training may take twenty times as long as in float32; {remedy}."
+        for dtype in dtypes
+        if lacks_instructions_for(dtype)
+    ]
 
 
 def _listed(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from bonetune.errors import InputError
-from bonetune.ops import Update, delta, merge, unmerge
+from bonetune.ops import Rows, Update, delta, merge, unmerge
 from bonetune.ops.backend import Backend
 from bonetune.spec import ShardSpec
 from bonetune.tuner.frozen import base_weight
@@ -20,6 +21,24 @@ from bonetune.tuner.original import Original, put_weight
 
 # What stands in `adapter_names` for a row of the batch that no adapter is for.
 NO_ADAPTER = "__base__"
+
+
+class AdapterNames(tuple[str, ...]):
+    """The adapter of each row of a batch, by name; made once for all the layers that the batch goes through."""
+
+    rows: dict[str, Rows]
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "AdapterNames":
+        """The names themselves if they are these already."""
+        if isinstance(names, cls):
+            return names
+        made, numbers = cls(names), defaultdict[str, list[int]](list)
+        for row, name in enumerate(names):
+            if name != NO_ADAPTER:
+                numbers[name].append(row)
+        made.rows = {name: Rows(rows) for name, rows in numbers.items()}
+        return made
 
 
 class BoneLayer(nn.Module, BaseTunerLayer):
@@ -172,20 +191,14 @@ class BoneLayer(nn.Module, BaseTunerLayer):
 
     def _updates_by_row(self, x: Tensor, adapter_names: Sequence[str]) -> list[Update]:
         self._refuse_rows_while_merged()
-        if len(x) != len(adapter_names):
+        names = AdapterNames.of(adapter_names)
+        if len(x) != len(names):
             raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and "
                 f"{len(x)} respectively."
             )
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(adapter_names):
-            if name != NO_ADAPTER:
-                rows.setdefault(name, []).append(row)
-        present = [name for name in rows if name in self.bone_block]
-        return [
-            update._replace(rows=torch.tensor(rows[name], device=x.device))
-            for name, update in zip(present, self.updates(present), strict=True)
-        ]
+        present = [name for name in names.rows if name in self.bone_block]
+        return [update._replace(rows=names.rows[name]) for name, update in zip(present, self.updates(present), strict=True)]
 
     def _unmerge_disabled(self) -> None:
         if self.merged:

@@ -9,7 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from bonetune.tuner.embedding import BoneEmbedding
-from bonetune.tuner.layer import NO_ADAPTER, BoneLayer, layers_of
+from bonetune.tuner.layer import NO_ADAPTER, AdapterNames, BoneLayer, layers_of
 
 
 @contextmanager
@@ -35,11 +35,12 @@ def adapters_by_row(model: nn.Module, adapter_names: Sequence[str], num_beams: i
     _refuse_tables_that_have_no_rows(model, set(adapter_names))
     encoder: Any = getattr(model, "get_encoder", lambda: None)() if num_beams and num_beams > 1 else None
     in_encoder = set() if encoder is None or encoder is model else {id(module) for module in encoder.modules()}
-    repeated = [name for name in adapter_names for _ in range(num_beams or 1)]
+    by_row = AdapterNames.of(adapter_names)
+    repeated = AdapterNames.of([name for name in adapter_names for _ in range(num_beams or 1)])
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, BoneLayer | AuxiliaryTrainingWrapper):
-                names = list(adapter_names) if id(module) in in_encoder else repeated
+                names = by_row if id(module) in in_encoder else repeated
                 hook = module.register_forward_pre_hook(partial(_with_names, names), with_kwargs=True)
                 stack.callback(hook.remove)
         yield
@@ -58,5 +59,5 @@ def _refuse_tables_that_have_no_rows(model: nn.Module, adapter_names: set[str]) 
             )
 
 
-def _with_names(names: list[str], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _with_names(names: AdapterNames, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     return args, kwargs | {"adapter_names": names}

@@ -3,11 +3,12 @@
     p_i = scale[k] * v_i M_k,  k = index[i]                          a product with D
     p_i,b = scale[k] * v_i,b M_k[b],  sums_i = sum_b p_i,b           a product with blocks
 
-v (rows, tokens, features), index (rows,) numbers the adapters; rows of -1 have none and get zeros. The adapters' tensors stay
+v (rows, tokens, features), index (rows) numbers the adapters; rows of -1 have none and get zeros. The adapters' tensors stay
 where they are: the kernels read their addresses from a table.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -25,8 +26,8 @@ BLOCKS: Tiles = {
 }
 
 
-def product(v: Tensor, matrices: Sequence[Tensor], index: Tensor, scales: Tensor) -> Tensor:
-    """p (rows, tokens, l) in v's dtype. v (rows, tokens, r), matrices (r, l) each, index (rows,), scales (adapters,)."""
+def product(v: Tensor, matrices: Sequence[Tensor], index: Sequence[int], scales: Sequence[float]) -> Tensor:
+    """p (rows, tokens, l) in v's dtype. v (rows, tokens, r), matrices (r, l) each, index (rows), scales (adapters)."""
     rows, tokens, r = v.shape
     columns = matrices[0].shape[1]
     p = v.new_empty(rows, tokens, columns)
@@ -35,8 +36,8 @@ def product(v: Tensor, matrices: Sequence[Tensor], index: Tensor, scales: Tensor
             v,
             _addresses(matrices),
             matrices[0],
-            index,
-            scales,
+            _table(tuple(index), torch.int32, v.device),
+            _table(tuple(scales), torch.float32, v.device),
             p,
             tokens,
             columns,
@@ -82,7 +83,7 @@ def product_kernel(
 
 
 def block_product(
-    v: Tensor, blocks: Sequence[Tensor], index: Tensor, scales: Tensor, tile: Tensor | None, transposed: bool
+    v: Tensor, blocks: Sequence[Tensor], index: Sequence[int], scales: Sequence[float], tile: Tensor | None, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """(p, sums) in v's dtype. v (rows, tokens, m * r), tile, sums (rows, tokens, r), blocks (m, r, r) or (1, r, r) each.
 
@@ -97,8 +98,8 @@ def block_product(
             v,
             _addresses(blocks),
             blocks[0],
-            index,
-            scales,
+            _table(tuple(index), torch.int32, v.device),
+            _table(tuple(scales), torch.float32, v.device),
             v if tile is None else tile,
             p,
             sums,
@@ -172,5 +173,11 @@ def block_kernel(
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Tensor:
-    """Where the tensors lie, as a table on their device."""
-    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64).to(tensors[0].device, non_blocking=True)
+    """Where the tensors lie."""
+    return _table(tuple(t.data_ptr() for t in tensors), torch.int64, tensors[0].device)
+
+
+@lru_cache(maxsize=4096)
+def _table(values: tuple[int | float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values on a device: kept, since a layer asks for the same at each token and a copy would wait for the device."""
+    return torch.tensor(values, dtype=dtype).to(device)
