@@ -24,7 +24,7 @@ from bonetune.ops.backend import SIZES
 CAPABILITIES = (80, 90)
 DTYPES = (torch.bfloat16, torch.float32)
 OUT, FEATURES, ROWS = 4096, 4096, 4096
-FEW = 64  # rows of the products that transform W themselves
+FEW = (1, 64)  # rows of bat's products without W'
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 # Dense bfloat16 operations and bytes a second, by the makers' data sheets.
 GPUS = {"A100 80GB SXM": (312e12, 2.039e12), "H100 SXM": (989e12, 3.35e12)}
@@ -43,37 +43,64 @@ class Usage:
     shared: int
 
 
-def cases(dtype: torch.dtype, r: int) -> dict[str, Callable[[], object]]:
-    """Each kernel as layers call it, with everything that can be asked of it at once; on no device."""
+def cases(dtype: torch.dtype, r: int, device: str = "meta") -> dict[str, Callable[[], object]]:
+    """Each kernel as layers call it, and with everything that can be asked of it at once."""
+    from bonetune.ops.column import FUSED_BYTES
     from bonetune.ops.kernels import blocks, column, gathered, shards
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        made = torch.empty(*shape, dtype=dtype, device=device)
+        return made if made.is_meta else made.normal_()
 
-    v, t, W, dy = empty(ROWS, FEATURES), empty(ROWS, r), empty(OUT, FEATURES), empty(ROWS, OUT)
-    M, one = empty(FEATURES // r, r, r, dtype=torch.float32), empty(1, r, r, dtype=torch.float32)
-    B, D = empty(OUT // r, r, r, dtype=torch.float32), empty(r, OUT, dtype=torch.float32)
-    few, few_t, few_dy = v[:FEW], t[:FEW], dy[:FEW]
-    index, scales = [0, 1] * 4, [0.5, 1.0]
-    by_row, t_by_row = v[:8, None], t[:8, None]
-    return {
-        "shard sum": lambda: shards.shard_sum(v, r),
-        "shard add": lambda: shards.shard_add_(v, t),
-        "block product": lambda: blocks.block_product(v, M, 0.5, t, v, True),
-        "block product, one block": lambda: blocks.block_product(v, one, 0.5, t, v, True),
-        "block backward": lambda: blocks.block_backward(v, M, 0.5, v, t, t, v, True),
-        "block backward, one block": lambda: blocks.block_backward(v, one, 0.5, v, t, t, v, True),
-        "block gradient": lambda: blocks.block_backward(v, M, 0.5, v, t, t, None, False),
-        "bat weight": lambda: column.weight(W, B, 0.5, W),
-        "bat product": lambda: column.product(few, W, B, empty(OUT), 0.5, True),
-        "bat product backward": lambda: column.product_backward(few_dy, W, B, 0.5, True),
-        "bat gradient": lambda: column.gradient(v, dy, W, r, 0.5),
-        "gathered product": lambda: gathered.product(t_by_row, [D, D], index, scales),
-        "gathered block product": lambda: gathered.block_product(by_row, [M, M], index, scales, t_by_row, True),
-        "gathered block product, one block": lambda: gathered.block_product(
-            by_row, [one, one], index, scales, few_t[:8, None], False
-        ),
+    x, s, W, dy, bias = empty(ROWS, FEATURES), empty(ROWS, r), empty(OUT, FEATURES), empty(ROWS, OUT), empty(OUT)
+    M, B = empty(FEATURES // r, r, r, dtype=torch.float32), empty(OUT // r, r, r, dtype=torch.float32)
+    D, one = empty(r, OUT, dtype=torch.float32), empty(1, r, r, dtype=torch.float32)
+    found: dict[str, Callable[[], object]] = {
+        "shard sum": lambda: shards.shard_sum(x, r),
+        "shard add": lambda: shards.shard_add_(x, s),
+        "block product, bat-left": lambda: blocks.block_product(dy, B, 0.5, s, dy, False),
+        "block product, bat-left dy": lambda: blocks.block_product(dy, B.mT, 0.5, None, dy, True),
+        "block gradient, bat-left": lambda: blocks.block_backward(dy, B, 0.5, dy, s, None, None, False),
     }
+    for name, theta in (("bat-row", M), ("bat-free", one)):
+        found |= {
+            f"block product, {name}": lambda m=theta: blocks.block_product(x, m.mT, 0.5, None, x, True),
+            f"block product, {name}, apart": lambda m=theta: blocks.block_product(x, m.mT, 0.5, None, None, True),
+            f"block product, {name}, by W": lambda m=theta: blocks.block_product(W, m, 0.5, None, W, False),
+            f"block product, {name}, all": lambda m=theta: blocks.block_product(x, m, 0.5, s, x, True),
+            f"block backward, {name}": lambda m=theta: blocks.block_backward(x, m.mT, 0.5, x, None, s, x, True),
+            f"block backward, {name}, apart": lambda m=theta: blocks.block_backward(x, m.mT, 0.5, x, None, None, None, True),
+            f"block backward, {name}, all": lambda m=theta: blocks.block_backward(x, m, 0.5, x, s, s, x, True),
+            f"block gradient, {name}": lambda m=theta: blocks.block_backward(x, m.mT, 0.5, x, None, s, None, False),
+        }
+    found |= {
+        "bat weight": lambda: column.weight(W, B, 0.5, W),
+        "bat weight, apart": lambda: column.weight(W, B, 0.5, None),
+    }
+    if r * dtype.itemsize <= FUSED_BYTES:
+        found["bat gradient"] = lambda: column.gradient(x, dy, W, r, 0.5)
+        for n in FEW:
+            found |= {
+                f"bat product, {n} rows": lambda n=n: column.product(x[:n], W, B, bias, 0.5, True),
+                f"bat product, {n} rows, apart": lambda n=n: column.product(x[:n], W, B, None, 0.5, False),
+                f"bat product backward, {n} rows": lambda n=n: column.product_backward(dy[:n], W, B, 0.5, True),
+            }
+    index, scales = [0, 1] * 4, [0.5, 1.0]
+    for tokens in (1, 256):
+        v, t = empty(8, tokens, FEATURES), empty(8, tokens, r)
+        found |= {
+            f"gathered product, {tokens} tokens": lambda t=t: gathered.product(t, [D, D], index, scales),
+            f"gathered block product, bat-row, {tokens} tokens": lambda v=v: gathered.block_product(
+                v, [M, M], index, scales, None, True
+            ),
+            f"gathered block product, bat-free, {tokens} tokens": lambda v=v: gathered.block_product(
+                v, [one, one], index, scales, None, True
+            ),
+            f"gathered block product, bat-left, {tokens} tokens": lambda v=v, t=t: gathered.block_product(
+                v, [M, M], index, scales, t, False
+            ),
+        }
+    return found
 
 
 def launches(call: Callable[[], object]) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
@@ -107,10 +134,13 @@ def _compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, int], c
     from triton.compiler import ASTSource
 
     constants = {p.name for p in kernel.params if p.is_constexpr}
+    as_they_come = {p.name for p in kernel.params if p.do_not_specialize}
     signature, fixed, aligned = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        if name in constants or (isinstance(value, int) and value == 1):
+        if name in as_they_come:
+            signature[name] = "i32"
+        elif name in constants or (isinstance(value, int) and value == 1):
             signature[name], fixed[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], aligned[(place,)] = f"*{SHORT[value.dtype]}", [["tt.divisibility", 16]]
@@ -152,7 +182,7 @@ class Work:
 
 
 def work(r: int) -> dict[str, Work]:
-    """By kernel, for W (OUT, FEATURES), ROWS tokens, or FEW for the products that transform W; adapters are float32."""
+    """By kernel, for W (OUT, FEATURES), ROWS tokens, or FEW for bat's products without W'; adapters are float32."""
     x, y, W, shard = 2 * ROWS * FEATURES, 2 * ROWS * OUT, 2 * OUT * FEATURES, 2 * ROWS * r
     wide, tall = 4 * FEATURES * r, 4 * OUT * r  # the adapter's tensor of bat-row, and of bat, bat-left
     return {
@@ -162,7 +192,7 @@ def work(r: int) -> dict[str, Work]:
         "block backward (bat-row)": Work(3 * x + 2 * wide + shard, 4 * ROWS * FEATURES * r),
         "block product, y (bat-left)": Work(2 * y + tall + shard, 2 * ROWS * OUT * r),
         "bat weight": Work(2 * W + tall, 2 * OUT * FEATURES * r),
-        f"bat product, {FEW} rows": Work(W + tall, 2 * OUT * FEATURES * (FEW + r * FEW / 32)),
+        **{f"bat product, {n} rows": Work(W + tall + 2 * n * (FEATURES + OUT), 4 * n * OUT * FEATURES) for n in FEW},
         "bat gradient": Work(x + y + W + tall, 2 * OUT * FEATURES * (ROWS + r)),
     }
 
@@ -170,13 +200,13 @@ def work(r: int) -> dict[str, Work]:
 def model(r: int = 64) -> str:
     """A table: what bounds each kernel, and its share of the frozen layer's forward and backward on each GPU."""
     frozen = Work(4 * (ROWS * FEATURES + ROWS * OUT + OUT * FEATURES), 4 * ROWS * OUT * FEATURES)
-    few = Work(2 * OUT * FEATURES, 2 * FEW * OUT * FEATURES)
+    few = Work(2 * OUT * FEATURES, 2 * FEW[-1] * OUT * FEATURES)  # which its weight bounds, as it bounds a single row
     lines = []
     for name, one in work(r).items():
         cells = [name, f"{one.bytes / 2**20:.0f}", f"{one.operations / 1e9:.1f}"]
         for gpu in GPUS.values():
             bound = "memory" if one.bytes / gpu[1] > one.operations / gpu[0] else "arithmetic"
-            against = few if str(FEW) in name else frozen
+            against = few if "rows" in name else frozen
             cells += [bound, f"{one.seconds(*gpu) * 1e6:.0f}", f"{one.seconds(*gpu) / against.seconds(*gpu):.3f}"]
         lines.append(cells)
     header = ["kernel", "MiB", "10^9 operations"]

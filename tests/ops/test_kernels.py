@@ -1,5 +1,8 @@
 """The Triton kernels by Triton's interpreter, on CPU tensors: against the equations in float64, and against PyTorch's path."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -116,6 +119,16 @@ def test_a_ragged_last_shard(variant):
     check(*make([variant], 32, 45, 75, 35, torch.float32), plain=True, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loops_of_several_steps(monkeypatch, variant, programs):
+    """Devices are so wide that small tensors' loops would all have one step, unless fewer programs are enough."""
+    monkeypatch.setattr("bonetune.ops.kernels.tiles.PROGRAMS", programs)
+    for n in (40, 200):
+        check(*make([variant], 16, 144, 368, n, torch.float32), plain=True, dtype=torch.float32)
+    check(*make([variant], 64, 192, 320, 70, torch.bfloat16), plain=True, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_same_bits_each_time(variant):
     def bits():
@@ -144,11 +157,93 @@ def calls():
     yield operators.bat_product, (v, W, B, None, 0.5, False)
     yield operators.bat_product_backward, (y, W, B, 0.5, True)
     yield operators.bat_gradient, (v, y, W, 16, 0.5)
+    yield operators.gathered_product, (t[:, None], [randn(16, 40), randn(16, 40)], [0, -1] * 10, [0.5, 2.0])
+    yield operators.gathered_block_product, (v[:, None], [M, M], [1] * 20, [0.5, 2.0], t[:, None], True)
 
 
 @pytest.mark.parametrize(("operator", "arguments"), [pytest.param(*c, id=f"{c[0]._name}-{k}") for k, c in enumerate(calls())])
 def test_compilers_are_told_the_truth_about_operators(operator, arguments):
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(("operator", "arguments"), [pytest.param(*c, id=f"{c[0]._name}-{k}") for k, c in enumerate(calls())])
+def test_operators_launch_on_the_device_of_their_tensors_whatever_their_strides(monkeypatch, operator, arguments):
+    """Triton launches on the current device, and its kernels take rows without gaps."""
+    expected, entered = operator(*arguments), []
+
+    @contextmanager
+    def device(x):
+        entered.append(x.device)
+        yield
+
+    monkeypatch.setattr(operators, "_device", device)
+    first = 1 if operator is operators.shard_add_ else 0  # which refuses another layout of what it writes to
+    spread = [gaps(a) if isinstance(a, torch.Tensor) and k >= first else a for k, a in enumerate(arguments)]
+    got = operator(*spread)
+    assert entered == [torch.device("cpu")]
+    for one, other in zip(*(results if isinstance(results, tuple) else (results,) for results in (got, expected)), strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+def gaps(tensor):
+    """The same values, with something between them in memory."""
+    return torch.stack([tensor, torch.full_like(tensor, float("nan"))], -1)[..., 0]
+
+
+def test_what_is_written_to_must_lie_row_by_row():
+    with pytest.raises(ValueError, match="contiguous"):
+        operators.shard_add_(gaps(torch.randn(4, 32)), torch.randn(4, 16))
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_rows_and_a_single_one(variant, rows):
+    W, bias, x, updates = make([variant], 16, 48, 64, rows, torch.float32)
+    got = results(adapted_linear(Frozen(W, bias, True), x, updates, backend="triton"), x, updates)
+    expected = results(apply(x, W, updates, bias), x, updates)
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+OPERATORS = {
+    "bone": {"shard_sum", "shard_add_"},
+    "mini": {"shard_sum", "shard_add_"},
+    "bat-row": {"shard_sum", "block_product", "block_backward"},
+    "bat-free": {"shard_sum", "block_product", "block_backward"},
+    "bat-left": {"shard_sum", "shard_add_", "block_product", "block_backward"},
+    "bat": {"bat_weight", "bat_gradient"},
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_do_go_through_the_kernels(monkeypatch, variant, autocast):
+    ran = set()
+    for name in {name for names in OPERATORS.values() for name in names}:
+        plain = getattr(operators, name)
+        monkeypatch.setattr(operators, name, lambda *a, name=name, plain=plain: ran.add(name) or plain(*a))
+    W, bias, x, updates = make([variant], 16, 48, 64, 200, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = adapted_linear(Frozen(W, bias, True), x, updates, backend="triton")
+    expected = results(apply(x, W, updates, bias), x, updates)
+    for name, value in results(y, x, updates).items():
+        close(value, expected[name], torch.bfloat16 if autocast else torch.float32, name)
+    # under autocast, W' is built in the dtype of W, which is wider than what is multiplied: PyTorch does it
+    assert ran == (set() if autocast and variant == "bat" else OPERATORS[variant])
+
+
+def test_float32_products_follow_torchs_settings(monkeypatch):
+    from bonetune.ops.kernels.tiles import precision
+
+    for settings, expected in (
+        ({"fp32_precision": "none"}, "tf32x3"),
+        ({"fp32_precision": "tf32"}, "tf32"),
+        ({"allow_tf32": True}, "tf32"),  # before torch 2.9
+        ({"allow_tf32": False}, "tf32x3"),
+    ):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**settings))
+        assert precision(torch.float32) == expected
+    assert precision(torch.bfloat16) == "ieee"
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracer does it itself
@@ -202,6 +297,33 @@ def test_a_row_with_two_adapters_of_one_kind_gets_both(variant):
     updates = [u._replace(theta=u.theta.detach(), rows=Rows(o)) for u, o in zip(updates, rows, strict=True)]
     expected = apply(x.double(), W.double(), [u._replace(theta=u.theta.double()) for u in updates], bias.double())
     close(adapted_linear(Frozen(W, bias, True), x, updates, backend="triton"), expected, torch.float32, "y")
+
+
+@pytest.mark.parametrize("variant", ["bone", "bat-row", "bat-free", "bat-left"])
+def test_a_broken_adapter_breaks_its_own_rows_alone(variant):
+    W, bias, _, updates = make([variant] * 2, 16, 48, 80, 3, torch.float32)
+    x = torch.randn(3, 2, 80, generator=torch.Generator().manual_seed(1))
+    broken, whole = (u._replace(theta=u.theta.detach(), rows=Rows([k])) for k, u in enumerate(updates))
+    broken = broken._replace(theta=torch.full_like(broken.theta, float("nan")))
+    y = adapted_linear(Frozen(W, bias, True), x, [broken, whole], backend="triton")
+    assert y[0].isnan().all()
+    assert y[1].isfinite().all()
+    close(y[2], nn.functional.linear(x[2], W, bias), torch.float32, "the row without an adapter")
+
+
+def test_a_mixed_batch_on_a_trainable_weight_has_its_gradients():
+    W, bias, _, updates = make(["bat-left"], 16, 48, 80, 3, torch.float32)
+    x = torch.randn(3, 2, 80, generator=torch.Generator().manual_seed(1))
+    updates = [u._replace(theta=u.theta.detach(), rows=Rows([1])) for u in updates]
+    gradients = []
+    for function in (
+        lambda w: adapted_linear(Frozen(w, bias, False), x, updates, backend="triton"),
+        lambda w: apply(x, w, updates),
+    ):
+        weight = W.clone().requires_grad_()
+        function(weight).sum().backward()
+        gradients.append(weight.grad)
+    close(*gradients, torch.float32, "W")
 
 
 def test_adapters_of_several_kinds_in_one_batch():

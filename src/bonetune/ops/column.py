@@ -21,8 +21,11 @@ from bonetune.ops.shards import few, product, rows, scaled, shard_sum
 
 # W' is built for this many elements at a time (64 MiB in float32), which bounds the scratch memory.
 SCRATCH_ELEMENTS = 1 << 24
-# Up to so many rows, Triton's kernels transform W within the product: W is read once or twice and W' neither written nor read.
-FUSED_ROWS = 64
+# Up to so many rows, Triton's kernels transform what is multiplied by W: that doubles the operations, and spares three passes
+# over a matrix of W's size.
+FUSED_ROWS = 128
+# Blocks of more bytes a row leave no room on chip for what they are multiplied by: W' and dW' are written there.
+FUSED_BYTES = 256
 
 
 def column_product(
@@ -44,12 +47,22 @@ def column_product(
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *(u.theta for u in updates)))
     v, out = rows(x), W.shape[0]
     kernels = kernels and W.dtype == v.dtype and W.is_contiguous()
-    if not trained and len(updates) == 1 and few(v) and 4 * v.shape[0] <= updates[0].spec.r:
+    fused = kernels and _fused(v, [u.theta for u in updates])
+    if not (trained or fused) and len(updates) == 1 and few(v) and 4 * v.shape[0] <= updates[0].spec.r:
         y = _few_rows(v, W, updates[0], bias, with_weight)
     else:
         scales = tuple(u.scale for u in updates)
         y = _ColumnProduct.apply(v, W, again, bias, with_weight, exact, kernels, scales, *(u.theta for u in updates))
     return y.view(*x.shape[:-1], out)
+
+
+def _fused(v: Tensor, thetas: Sequence[Tensor]) -> bool:
+    """Whether kernels multiply v without W' being written."""
+    return len(thetas) == 1 and len(v) <= FUSED_ROWS and _fits(thetas[0], v)
+
+
+def _fits(theta: Tensor, v: Tensor) -> bool:
+    return theta.shape[-1] * v.element_size() <= FUSED_BYTES
 
 
 def _few_rows(v: Tensor, W: Tensor, update: Update, bias: Tensor | None, with_weight: bool) -> Tensor:
@@ -90,7 +103,7 @@ class _ColumnProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(v, W if again is None else None, *thetas)
         ctx.again, ctx.with_weight, ctx.kernels, ctx.scales = again, with_weight, kernels, scales
-        if kernels and len(thetas) == 1 and len(v) <= FUSED_ROWS:
+        if kernels and _fused(v, thetas):
             alone = with_weight and not exact
             y = operators.bat_product(v, W, thetas[0], bias, scales[0], alone)
             return y.addmm_(v, W.T) if with_weight and exact else y
@@ -117,10 +130,10 @@ class _ColumnProduct(torch.autograd.Function):
         dthetas = [torch.empty_like(B) if needed else None for B, needed in zip(thetas, needs_theta, strict=True)]
         if ctx.kernels and not needs_w:  # dW' is never written
             for place, (B, scale) in enumerate(zip(thetas, ctx.scales, strict=True)):
-                if needs_theta[place]:
+                if needs_theta[place] and _fits(B, v):
                     dthetas[place] = operators.bat_gradient(v, dy, W, B.shape[-1], scale).to(B.dtype)
-            needs_theta = []
-            if needs_x and len(thetas) == 1 and len(v) <= FUSED_ROWS:
+                    needs_theta[place] = False
+            if needs_x and _fused(v, thetas):
                 dx, needs_x = operators.bat_product_backward(dy, W, thetas[0], ctx.scales[0], ctx.with_weight), False
         for band in _bands(W, thetas) if needs_x or needs_w or any(needs_theta) else ():
             if needs_x:
@@ -133,10 +146,10 @@ class _ColumnProduct(torch.autograd.Function):
             change = (dy[:, band].T @ v).to(W.dtype)  # dW' of these rows
             if dW is not None:
                 dW[band] = change if ctx.with_weight else 0
-            for B, scale, dB in zip(thetas, ctx.scales, dthetas, strict=True):
+            for B, scale, dB, needed in zip(thetas, ctx.scales, dthetas, needs_theta, strict=True):
                 r, blocks = B.shape[-1], slice(band.start // B.shape[-1], band.stop // B.shape[-1])
                 wide = _wide(change, r)
-                if dB is not None:
+                if dB is not None and needed:
                     gradient = _wide(W[band], r).mT @ wide + change.view(-1, r, W.shape[1] // r, r).sum(2, dtype=change.dtype)
                     dB[blocks] = scaled(gradient, scale, B.dtype)
                 if dW is not None:

@@ -122,7 +122,8 @@ def adapted_linear(frozen: FrozenLinear, x: Tensor, updates: Sequence[Update], b
     autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
     x = _autocast(x) if autocast else x
     by_row = any(u.rows is not None for u in updates)
-    kernels = use_kernels(backend, x, {u.spec.r for u in updates}, 1 if by_row else FEWEST_ROWS)
+    few_too = by_row or all(u.spec.variant in _COLUMN for u in updates)  # then kernels move fewer bytes as well
+    kernels = use_kernels(backend, x, {u.spec.r for u in updates}, 1 if few_too else FEWEST_ROWS)
     fused = _FUSED[updates[0].spec.variant]
     alike = all(u.dropout is None and u.rows is None and _FUSED[u.spec.variant] is fused for u in updates)
     if not (frozen.plain and alike):
@@ -142,16 +143,18 @@ def _around(frozen: FrozenLinear, x: Tensor, updates: Sequence[Update], kernels:
     """
     of = {kind: [u for u in updates if u.spec.variant in kind] for kind in (_SHARED, _INPUT, _OUTPUT, _COLUMN)}
     sums = ShardSums(x)  # through autograd, which has no derivative of the kernels'
-    together = {kind: gather(of[kind], x, kernels) for kind in (_SHARED, _INPUT, _OUTPUT)}
+    # some need the product without the bias, and without what other adapters add to x
+    apart = bool(of[_OUTPUT] or of[_COLUMN])
+    base = frozen.product(x) if apart else x
+    together = {kind: gather(of[kind], base if kind is _OUTPUT else x, kernels) for kind in (_SHARED, _INPUT, _OUTPUT)}
     of |= {kind: alone for kind, (_, alone) in together.items()}
     inputs: list[tuple[Any, Tensor, Tensor]] = []  # what is added to x, and the sum of its shards
     for u in of[_INPUT]:
         z = _BlockProduct.apply(u.entering(x), u.theta, u.scale, True, kernels)
         inputs.append((u, z, shard_sum(z, u.spec.r)))
     inputs += [(g, *g.blocks(x, None, True)) for g in together[_INPUT][0]]
-    if of[_OUTPUT] or of[_COLUMN] or together[_OUTPUT][0]:
-        # these need the product without the bias, and without what other adapters add to x
-        y = base = frozen.product(x)
+    if apart:
+        y = base
         if inputs:
             y = y + frozen.product(_with_changes(torch.zeros_like(x), inputs))
         for u in of[_OUTPUT]:

@@ -5,7 +5,7 @@
 
 v, dp, plus (n, m * r), tile, sums (n, r), M (m, r, r), or (1, r, r): one for all shards, with any strides. Narrow shards are
 multiplied several at a time by diag(M[b], M[b + 1], ...): the zeros cost nothing, because all of this is bound by memory. M is
-rounded to v's dtype once it is scaled, as u and g are once the tile is added.
+scaled and rounded to v's dtype beforehand, u and g are rounded once the tile is added.
 """
 
 import torch
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bonetune.ops.kernels.tiles import Tile, Tiles, diagonal, folded, precision, splits, width
+from bonetune.ops.shards import scaled
 
 PRODUCT: Tiles = {
     2: {16: Tile(64, 4, 3, 64), 32: Tile(64, 4, 3, 64), 64: Tile(64, 4, 3, 64), 128: Tile(64, 8, 1, 128)},
@@ -36,7 +37,7 @@ def block_product(
 ) -> tuple[Tensor, Tensor]:
     """(total, sums), both in v's dtype; sums is empty unless `summed`."""
     n, features = v.shape
-    r = blocks.shape[-1]
+    r, blocks = blocks.shape[-1], scaled(blocks, scale, v.dtype)
     tile_sizes = PRODUCT[v.element_size()][r]
     groups, tiles = triton.cdiv(features, width(r)), triton.cdiv(n, tile_sizes.rows)
     step, parts = splits(max(tiles, 1), groups)
@@ -54,7 +55,6 @@ def block_product(
             features,
             len(blocks),
             step,
-            scale,
             *blocks.stride(),
             R=r,
             WIDTH=width(r),
@@ -70,7 +70,7 @@ def block_product(
     return total, sums[0] if parts == 1 else sums.sum(0).to(v.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "step"])
 def product_kernel(
     v,
     blocks,
@@ -82,7 +82,6 @@ def product_kernel(
     features,
     count,
     step,
-    scale,
     stride_b,
     stride_i,
     stride_j,
@@ -111,7 +110,7 @@ def product_kernel(
     folding = tl.zeros((ROWS, PART), tl.float32)
     matrix = tl.zeros((WIDTH, PART), dtype)
     if SHARED:
-        matrix = (scale * diagonal(blocks, 0, WIDTH // R, own, 0, stride_i, stride_j, R, WIDTH)).to(dtype)
+        matrix = diagonal(blocks, 0, WIDTH // R, own, 0, stride_i, stride_j, R, WIDTH)
     first = tl.program_id(1) * step
     for group in range(first, tl.minimum(first + step, tl.cdiv(features, WIDTH))):
         column = group * WIDTH + across
@@ -120,8 +119,7 @@ def product_kernel(
         if TILE:
             u = tl.where(inside, u.to(tl.float32) + shard, 0.0).to(dtype)
         if not SHARED:
-            at = group * (WIDTH // R)
-            matrix = (scale * diagonal(blocks, at, count, own, stride_b, stride_i, stride_j, R, WIDTH)).to(dtype)
+            matrix = diagonal(blocks, group * (WIDTH // R), count, own, stride_b, stride_i, stride_j, R, WIDTH)
         p = tl.dot(u, matrix, input_precision=PRECISION)
         if SUMS:
             folding += p
@@ -176,9 +174,10 @@ def _backward(
     groups, steps = triton.cdiv(features, width(r)), max(1, triton.cdiv(n, tile.rows))
     step, parts = splits(groups, steps)
     partial = torch.empty(parts, features // r, r, r, dtype=torch.float32, device=dp.device)
+    matrices = scaled(blocks, scale, dp.dtype) if needs_v else blocks
     backward_kernel[(groups, parts)](
         v,
-        blocks,
+        matrices,
         dp,
         v if v_tile is None else v_tile,
         dp if dp_tile is None else dp_tile,
@@ -189,7 +188,7 @@ def _backward(
         features,
         step,
         scale,
-        *blocks.stride(),
+        *matrices.stride(),
         R=r,
         WIDTH=width(r),
         ROWS=tile.rows,
@@ -204,7 +203,7 @@ def _backward(
     return partial.sum((0, 1)).unsqueeze(0) if shared else partial.sum(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "step"])
 def backward_kernel(
     v,
     blocks,
@@ -240,7 +239,7 @@ def backward_kernel(
     matrix = tl.zeros((WIDTH, WIDTH), dtype)
     if NEEDS_V:  # transposed, by its strides
         between = 0 if SHARED else stride_b
-        matrix = (scale * diagonal(blocks, at, count, across, between, stride_j, stride_i, R, WIDTH)).to(dtype)
+        matrix = diagonal(blocks, at, count, across, between, stride_j, stride_i, R, WIDTH)
     first = tl.program_id(1) * step
     for number in range(first, tl.minimum(first + step, tl.cdiv(n, ROWS))):
         row = number * ROWS + tl.arange(0, ROWS)[:, None]

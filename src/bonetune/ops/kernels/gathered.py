@@ -15,14 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonetune.ops.kernels.tiles import Tile, Tiles, diagonal, folded, precision, width
+from bonetune.ops.kernels.blocks import PRODUCT
+from bonetune.ops.kernels.tiles import Tile, Tiles, diagonal, folded, precision, splits, width
 
-# Tokens of a row in a tile: generation has one, and tensor cores want 16. Longer rows take several tiles.
-TOKENS = 16
+# Tokens of a row in a tile: generation has one, and tensor cores want 16. Prompts take larger tiles.
+TOKENS, MANY_TOKENS = 16, 64
 COLUMNS = 64  # of the result, in a tile of `product`
 BLOCKS: Tiles = {
-    2: {16: Tile(16, 4, 3), 32: Tile(16, 4, 3), 64: Tile(16, 4, 3), 128: Tile(16, 8, 1)},
-    4: {16: Tile(16, 4, 2), 32: Tile(16, 4, 2), 64: Tile(16, 8, 1), 128: Tile(16, 8, 1, 64)},
+    2: {16: Tile(16, 4, 3, 64), 32: Tile(16, 4, 3, 64), 64: Tile(16, 4, 3, 64), 128: Tile(16, 8, 1, 128)},
+    4: {16: Tile(16, 4, 2, 64), 32: Tile(16, 4, 2, 64), 64: Tile(16, 8, 1, 64), 128: Tile(16, 8, 1, 64)},
 }
 
 
@@ -30,9 +31,10 @@ def product(v: Tensor, matrices: Sequence[Tensor], index: Sequence[int], scales:
     """p (rows, tokens, l) in v's dtype. v (rows, tokens, r), matrices (r, l) each, index (rows), scales (adapters)."""
     rows, tokens, r = v.shape
     columns = matrices[0].shape[1]
-    p = v.new_empty(rows, tokens, columns)
+    tile = TOKENS if tokens < MANY_TOKENS else MANY_TOKENS
+    p, matrices = v.new_empty(rows, tokens, columns), _aligned(matrices)
     if p.numel():
-        product_kernel[(rows, triton.cdiv(tokens, TOKENS), triton.cdiv(columns, COLUMNS))](
+        product_kernel[(rows, triton.cdiv(tokens, tile), triton.cdiv(columns, COLUMNS))](
             v,
             _addresses(matrices),
             matrices[0],
@@ -42,14 +44,14 @@ def product(v: Tensor, matrices: Sequence[Tensor], index: Sequence[int], scales:
             tokens,
             columns,
             R=r,
-            TOKENS=TOKENS,
+            TOKENS=tile,
             COLUMNS=COLUMNS,
             PRECISION=precision(v.dtype),
         )
     return p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def product_kernel(
     v,
     table,
@@ -73,7 +75,7 @@ def product_kernel(
     own = tl.load(index + row)
     result = tl.zeros((TOKENS, COLUMNS), tl.float32)
     if own >= 0:
-        matrix = tl.load(table + own).to(tl.pointer_type(like.dtype.element_ty))
+        matrix = tl.multiple_of(tl.load(table + own).to(tl.pointer_type(like.dtype.element_ty)), [16])
         i = tl.arange(0, R)[:, None]
         u = tl.load(v + (row * tokens + token) * R + tl.arange(0, R)[None, :], mask=live, other=0.0)
         block = tl.load(matrix + i * columns + column, mask=column < columns, other=0.0)
@@ -83,7 +85,12 @@ def product_kernel(
 
 
 def block_product(
-    v: Tensor, blocks: Sequence[Tensor], index: Sequence[int], scales: Sequence[float], tile: Tensor | None, transposed: bool
+    v: Tensor,
+    blocks: Sequence[Tensor],
+    index: Sequence[int],
+    scales: Sequence[float],
+    tile: Tensor | None,
+    transposed: bool,
 ) -> tuple[Tensor, Tensor]:
     """(p, sums) in v's dtype. v (rows, tokens, m * r), tile, sums (rows, tokens, r), blocks (m, r, r) or (1, r, r) each.
 
@@ -91,10 +98,13 @@ def block_product(
     """
     rows, tokens, features = v.shape
     r = blocks[0].shape[-1]
-    p, sums, sizes = torch.empty_like(v), v.new_empty(rows, tokens, r), BLOCKS[v.element_size()][r]
-    part = sizes.part or width(r)
+    sizes = (BLOCKS if tokens < MANY_TOKENS else PRODUCT)[v.element_size()][r]
+    tiles, halves = triton.cdiv(tokens, sizes.rows), width(r) // sizes.part
+    step, parts = splits(max(1, rows * tiles * halves), triton.cdiv(features, width(r)))
+    p, blocks = torch.empty_like(v), _aligned(blocks)
+    sums = torch.empty(parts, rows, tokens, r, dtype=v.dtype if parts == 1 else torch.float32, device=v.device)
     if v.numel():
-        block_kernel[(rows, triton.cdiv(tokens, sizes.rows), width(r) // part)](
+        block_kernel[(rows, tiles, parts * halves)](
             v,
             _addresses(blocks),
             blocks[0],
@@ -103,22 +113,24 @@ def block_product(
             v if tile is None else tile,
             p,
             sums,
+            rows,
             tokens,
             features,
+            step,
             *((1, r) if transposed else (r, 1)),
             R=r,
             WIDTH=width(r),
-            PART=part,
+            PART=sizes.part,
             TOKENS=sizes.rows,
             SHARED=len(blocks[0]) == 1,
             TILE=tile is not None,
             PRECISION=precision(v.dtype),
             **sizes.launch,
         )
-    return p, sums
+    return p, sums[0] if parts == 1 else sums.sum(0).to(v.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "step"])
 def block_kernel(
     v,
     table,
@@ -128,8 +140,10 @@ def block_kernel(
     tile,
     p,
     sums,
+    rows,
     tokens,
     features,
+    step,
     stride_i,
     stride_j,
     R: tl.constexpr,
@@ -140,36 +154,49 @@ def block_kernel(
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Programs: rows, tiles of tokens, parts of a group's columns (where a group is one shard)."""
+    """Programs: rows, tiles of tokens, parts of the shards times parts of a group's columns. sums (parts, rows, tokens, R)."""
     dtype: tl.constexpr = v.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
     live = token < tokens
     across = tl.arange(0, WIDTH)[None, :]
-    own = tl.load(index + row)
-    blocks = tl.load(table + tl.maximum(own, 0)).to(tl.pointer_type(like.dtype.element_ty))
-    scale = tl.where(own >= 0, tl.load(scales + tl.maximum(own, 0)), 0.0)
-    shard = tl.zeros((TOKENS, WIDTH), tl.float32)
-    if TILE:
-        shard = tl.load(tile + (row * tokens + token) * R + across % R, mask=live, other=0.0).to(tl.float32)
-    own_columns = tl.program_id(2) * PART + tl.arange(0, PART)[None, :]
+    part, half = tl.program_id(2) // (WIDTH // PART), tl.program_id(2) % (WIDTH // PART)
+    own_columns = half * PART + tl.arange(0, PART)[None, :]
     folding = tl.zeros((TOKENS, PART), tl.float32)
-    between = 0 if SHARED else R * R
-    for group in range(tl.cdiv(features, WIDTH)):
-        column = group * WIDTH + across
-        inside = live & (column < features)
-        u = tl.load(v + (row * tokens + token) * features + column, mask=inside, other=0.0)
+    first, last = part * step, tl.minimum(part * step + step, tl.cdiv(features, WIDTH))
+    own = tl.load(index + row)
+    if own >= 0:
+        blocks = tl.multiple_of(tl.load(table + own).to(tl.pointer_type(like.dtype.element_ty)), [16])
+        scale = tl.load(scales + own)
+        shard = tl.zeros((TOKENS, WIDTH), tl.float32)
         if TILE:
-            u = tl.where(inside, u.to(tl.float32) + shard, 0.0).to(dtype)
-        at = group * (WIDTH // R)
-        matrix = diagonal(blocks, at, features // R, own_columns, between, stride_i, stride_j, R, WIDTH)
-        result = tl.dot(u, (scale * matrix).to(dtype), input_precision=PRECISION)
-        folding += result
-        column = group * WIDTH + own_columns
-        tl.store(p + (row * tokens + token) * features + column, result, mask=live & (column < features))
+            shard = tl.load(tile + (row * tokens + token) * R + across % R, mask=live, other=0.0).to(tl.float32)
+        between = 0 if SHARED else R * R
+        for group in range(first, last):
+            column = group * WIDTH + across
+            inside = live & (column < features)
+            u = tl.load(v + (row * tokens + token) * features + column, mask=inside, other=0.0)
+            if TILE:
+                u = tl.where(inside, u.to(tl.float32) + shard, 0.0).to(dtype)
+            at = group * (WIDTH // R)
+            matrix = diagonal(blocks, at, features // R, own_columns, between, stride_i, stride_j, R, WIDTH)
+            result = tl.dot(u, (scale * matrix.to(tl.float32)).to(dtype), input_precision=PRECISION)
+            folding += result
+            column = group * WIDTH + own_columns
+            tl.store(p + (row * tokens + token) * features + column, result, mask=live & (column < features))
+    else:
+        for group in range(first, last):
+            column = group * WIDTH + own_columns
+            nothing = tl.zeros((TOKENS, PART), tl.float32)
+            tl.store(p + (row * tokens + token) * features + column, nothing, mask=live & (column < features))
     NARROW: tl.constexpr = R if PART > R else PART
-    place = (row * tokens + token) * R + tl.program_id(2) * PART + tl.arange(0, NARROW)[None, :]
+    place = ((part * rows + row) * tokens + token) * R + half * PART + tl.arange(0, NARROW)[None, :]
     tl.store(sums + place, folded(folding, TOKENS, NARROW, PART), mask=live)
+
+
+def _aligned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors; where one does not begin at a whole 16 bytes, as kernels are told it does, a copy. It is to be kept."""
+    return [t if t.data_ptr() % 16 == 0 else t.clone() for t in tensors]
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Tensor:
@@ -177,7 +204,7 @@ def _addresses(tensors: Sequence[Tensor]) -> Tensor:
     return _table(tuple(t.data_ptr() for t in tensors), torch.int64, tensors[0].device)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 15)  # layers times the batches that are in flight
 def _table(values: tuple[int | float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The values on a device: kept, since a layer asks for the same at each token and a copy would wait for the device."""
     return torch.tensor(values, dtype=dtype).to(device)

@@ -11,25 +11,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonetune.ops.kernels.tiles import folded, splits, width
+from bonetune.ops.kernels.tiles import folded, splits
 
-SUM_ROWS = 32
+SUM_ROWS, SUM_COLUMNS = 8, 256
 ADD_ROWS, ADD_COLUMNS = 32, 128
 
 
 def shard_sum(x: Tensor, r: int) -> Tensor:
     """s (n, r) in x's dtype, summed in float32. x (n, features)."""
     n, features = x.shape
-    groups = triton.cdiv(features, width(r))
+    groups = triton.cdiv(features, SUM_COLUMNS)
     tiles = triton.cdiv(n, SUM_ROWS)
     step, parts = splits(max(tiles, 1), groups)
     sums = torch.empty(parts, n, r, dtype=x.dtype if parts == 1 else torch.float32, device=x.device)
     if n:
-        sum_kernel[(tiles, parts)](x, sums, n, features, step, R=r, WIDTH=width(r), ROWS=SUM_ROWS)
+        sum_kernel[(tiles, parts)](x, sums, n, features, step, R=r, WIDTH=SUM_COLUMNS, ROWS=SUM_ROWS)
     return sums[0] if parts == 1 else sums.sum(0).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "step"])
 def sum_kernel(x, sums, n, features, step, R: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """Programs: tiles of rows, parts of the shards. sums (parts, n, R)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -51,7 +51,7 @@ def shard_add_(y: Tensor, t: Tensor) -> None:
         add_kernel[grid](y, t, n, features, R=t.shape[1], ROWS=ADD_ROWS, COLUMNS=ADD_COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def add_kernel(y, t, n, features, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Programs: tiles of rows, tiles of columns."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]

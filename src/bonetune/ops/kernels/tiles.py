@@ -25,7 +25,7 @@ class Tile(NamedTuple):
         warps, stages: Triton's `num_warps`, `num_stages`.
         part: columns of a shard or of a group of shards that are made at a time; 0 is all.
         shards: how many shards' columns.
-        height: rows of a row block that are made at a time; 0 is all.
+        blocks: how many row blocks.
     """
 
     rows: int
@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     stages: int
     part: int = 0
     shards: int = 1
-    height: int = 0
+    blocks: int = 1
 
     @property
     def launch(self) -> dict[str, int]:
@@ -59,20 +59,22 @@ def splits(programs: int, steps: int) -> tuple[int, int]:
 def precision(dtype: torch.dtype) -> str:
     """How factors are multiplied: float32 in three products of tensor cores, which keep its digits, unless less is allowed.
 
-    Less is what `torch.set_float32_matmul_precision` allows torch's own products. Products of narrow factors are exact.
+    Less is what torch's own products are allowed. Products of narrow factors are exact.
     """
     if dtype != torch.float32:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    torchs = torch.backends.cuda.matmul  # older ones answer to the older question alone
+    less = torchs.fp32_precision == "tf32" if hasattr(torchs, "fp32_precision") else torchs.allow_tf32
+    return "tf32" if less else "tf32x3"
 
 
 @triton.jit
 def diagonal(blocks, first, count, j, stride_b, stride_i, stride_j, R: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns j (1, ...) of diag(M[first], M[first + 1], ...), zero beyond `count` blocks. (WIDTH, ...) in float32."""
+    """Columns j (1, ...) of diag(M[first], M[first + 1], ...), zero beyond `count` blocks. (WIDTH, ...) in M's dtype."""
     i = tl.arange(0, WIDTH)[:, None]
     block = first + i // R
     place = block * stride_b + (i % R) * stride_i + (j % R) * stride_j
-    return tl.load(blocks + place, mask=(i // R == j // R) & (block < count), other=0.0).to(tl.float32)
+    return tl.load(blocks + place, mask=(i // R == j // R) & (block < count), other=0.0)
 
 
 @triton.jit
