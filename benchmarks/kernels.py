@@ -45,7 +45,7 @@ class Usage:
 
 def cases(dtype: torch.dtype, r: int, device: str = "meta") -> dict[str, Callable[[], object]]:
     """Each kernel as layers call it, and with everything that can be asked of it at once."""
-    from bonetune.ops.column import FUSED_BYTES
+    from bonetune.ops.column import FUSED, REDUCED
     from bonetune.ops.kernels import blocks, column, gathered, shards
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -77,8 +77,9 @@ def cases(dtype: torch.dtype, r: int, device: str = "meta") -> dict[str, Callabl
         "bat weight": lambda: column.weight(W, B, 0.5, W),
         "bat weight, apart": lambda: column.weight(W, B, 0.5, None),
     }
-    if r * dtype.itemsize <= FUSED_BYTES:
+    if r in REDUCED[dtype.itemsize]:
         found["bat gradient"] = lambda: column.gradient(x, dy, W, r, 0.5)
+    if r in FUSED[dtype.itemsize]:
         for n in FEW:
             found |= {
                 f"bat product, {n} rows": lambda n=n: column.product(x[:n], W, B, bias, 0.5, True),

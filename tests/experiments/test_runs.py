@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import bonetune
 from bonetune.errors import InputError, RunError
 from bonetune.experiments.compare import compare, make_runs, plan_comparison
 from bonetune.experiments.folder import claimed
@@ -288,12 +289,36 @@ def test_a_rank_that_pefts_bat_cannot_have_is_not_taken(settings):
     assert found.r in (1, 2, 4, 8, 16)
 
 
-def test_nothing_learned_is_nothing_forgotten_in_half_precision(settings, rows, model_folder):
-    """What all weights are trained in is wider than the base: rounding is not forgetting."""
+@pytest.fixture
+def half(rows, model_folder):
+    """The same model, stored in bfloat16."""
     half = rows / "half"
     AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(half)
     for file in model_folder.glob("tokenizer*"):
         (half / file.name).write_bytes(file.read_bytes())
+    return half
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_a_run_is_examined_in_the_dtype_it_was_trained_in(settings, half, dtype):
+    settings["train"] |= {"model_name_or_path": str(half), "dtype": dtype}
+    settings["methods"] = {"bone": {"r": 8, "learning_rates": [1e-3]}}
+    comparison = load_comparison(settings | {"seeds": [1], "keep_weights": True})
+    (outcome,) = make_runs(comparison, make=here).counting["bone"].values()
+    (task, result), *_ = outcome.results.items()
+    stored = {"auto": "bfloat16"}.get(dtype, dtype)
+    scores = {
+        name: bonetune.evaluate(
+            str(folder_of(comparison, outcome.trial)), [task], dtype=name, **comparison.tests[0].arguments()
+        )
+        for name in ("float32", "bfloat16")
+    }
+    assert scores["float32"][0].score != scores["bfloat16"][0].score
+    assert result.score == scores[stored][0].score
+
+
+def test_nothing_learned_is_nothing_forgotten_in_half_precision(settings, half):
+    """What all weights are trained in is wider than the base: rounding is not forgetting."""
     settings["train"] |= {"model_name_or_path": str(half)}
     settings["methods"] = {"full": {"learning_rates": [1e-30]}}
     (outcome,) = make_runs(load_comparison(settings | {"seeds": [1]}), make=here).counting["full"].values()

@@ -105,7 +105,9 @@ def run_trial(comparison: Comparison, trial: Trial, r: int | None, *, counts: bo
         outcome.write(folder)
         _discard_weights(folder)
         return outcome
-    loaded = load_model(str(folder))
+    # all weights, where they were trained, are stored as they were trained; of a base the file's dtype says nothing
+    dtype = "auto" if config.baseline == "full" else config.dtype
+    loaded = load_model(str(folder), dtype, trust_remote_code=config.trust_remote_code)
     outcome = Outcome(
         trial,
         r=r,

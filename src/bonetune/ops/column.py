@@ -24,8 +24,9 @@ SCRATCH_ELEMENTS = 1 << 24
 # Up to so many rows, Triton's kernels transform what is multiplied by W: that doubles the operations, and spares three passes
 # over a matrix of W's size.
 FUSED_ROWS = 128
-# Blocks of more bytes a row leave no room on chip for what they are multiplied by: W' and dW' are written there.
-FUSED_BYTES = 256
+# By the bytes of an element, the r for which there are such kernels, and one that reduces dW' on chip.
+FUSED = {2: (16, 32, 64, 128), 4: (32, 64)}
+REDUCED = {2: (16, 32, 64, 128), 4: (16, 32, 64)}
 
 
 def column_product(
@@ -58,11 +59,7 @@ def column_product(
 
 def _fused(v: Tensor, thetas: Sequence[Tensor]) -> bool:
     """Whether kernels multiply v without W' being written."""
-    return len(thetas) == 1 and len(v) <= FUSED_ROWS and _fits(thetas[0], v)
-
-
-def _fits(theta: Tensor, v: Tensor) -> bool:
-    return theta.shape[-1] * v.element_size() <= FUSED_BYTES
+    return len(thetas) == 1 and len(v) <= FUSED_ROWS and thetas[0].shape[-1] in FUSED[v.element_size()]
 
 
 def _few_rows(v: Tensor, W: Tensor, update: Update, bias: Tensor | None, with_weight: bool) -> Tensor:
@@ -130,7 +127,7 @@ class _ColumnProduct(torch.autograd.Function):
         dthetas = [torch.empty_like(B) if needed else None for B, needed in zip(thetas, needs_theta, strict=True)]
         if ctx.kernels and not needs_w:  # dW' is never written
             for place, (B, scale) in enumerate(zip(thetas, ctx.scales, strict=True)):
-                if needs_theta[place] and _fits(B, v):
+                if needs_theta[place] and B.shape[-1] in REDUCED[v.element_size()]:
                     dthetas[place] = operators.bat_gradient(v, dy, W, B.shape[-1], scale).to(B.dtype)
                     needs_theta[place] = False
             if needs_x and _fused(v, thetas):

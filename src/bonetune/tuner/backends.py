@@ -16,7 +16,10 @@ def set_backend(model: nn.Module, backend: Backend) -> int:
             in place.
         backend: torch; triton, an error where its kernels cannot be used; or auto, which layers begin with: the kernels on
             NVIDIA GPUs of compute capability 8.0 and newer with Triton installed, for bfloat16, float16 and float32, r of 16,
-            32, 64 or 128, and more than 16 rows (any number in a batch of several adapters); else PyTorch.
+            32, 64 or 128, and more than 16 rows (any number for bat, and in a batch of several adapters); else PyTorch. With
+            either, PyTorch also computes what there is no kernel for: bone and mini on layers that are not plain Linear ones
+            (quantized, sharded, hooked, with dropout, with other variants), bat where x is narrower than W (autocast) and in a
+            batch of several adapters.
 
     Returns:
         How many layers were told.

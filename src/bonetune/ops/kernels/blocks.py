@@ -18,7 +18,7 @@ from bonetune.ops.shards import scaled
 
 PRODUCT: Tiles = {
     2: {16: Tile(64, 4, 3, 64), 32: Tile(64, 4, 3, 64), 64: Tile(64, 4, 3, 64), 128: Tile(64, 8, 1, 128)},
-    4: {16: Tile(32, 4, 2, 64), 32: Tile(64, 8, 2, 64), 64: Tile(32, 4, 2, 64), 128: Tile(32, 8, 1, 64)},
+    4: {16: Tile(32, 4, 2, 64), 32: Tile(32, 8, 2, 64), 64: Tile(32, 4, 2, 64), 128: Tile(16, 8, 1, 64)},
 }
 # dM, and dv in the same pass
 BACKWARD: Tiles = {
@@ -27,8 +27,8 @@ BACKWARD: Tiles = {
 }
 # dM alone, where the registers do not hold both: dv is a product of its own then
 GRADIENT: Tiles = {
-    2: {16: Tile(64, 8, 2), 32: Tile(64, 8, 2), 64: Tile(64, 8, 2), 128: Tile(64, 8, 3)},
-    4: {16: Tile(64, 8, 2), 32: Tile(64, 8, 2), 64: Tile(64, 8, 2), 128: Tile(32, 8, 2)},
+    2: {16: Tile(64, 8, 2), 32: Tile(64, 8, 2), 64: Tile(64, 8, 2), 128: Tile(64, 8, 2)},
+    4: {16: Tile(32, 8, 3), 32: Tile(32, 8, 3), 64: Tile(32, 8, 3), 128: Tile(16, 8, 2)},
 }
 
 

@@ -23,16 +23,16 @@ from bonetune.ops.shards import scaled
 
 WEIGHT: Tiles = {
     2: {16: Tile(128, 4, 3), 32: Tile(128, 4, 3), 64: Tile(128, 4, 3), 128: Tile(128, 8, 3)},
-    4: {16: Tile(128, 4, 3), 32: Tile(128, 4, 3), 64: Tile(64, 8, 2), 128: Tile(64, 8, 2, 32)},
+    4: {16: Tile(128, 4, 3), 32: Tile(128, 4, 3), 64: Tile(32, 8, 1), 128: Tile(16, 8, 1, 32)},
 }
-# For so few rows that one tile has them all, and for some more. None where two blocks do not fit on chip: W' is written there.
+# For few rows. Where r is missing, registers do not hold it, and W' is written.
 PRODUCT: Tiles = {
-    2: {16: Tile(64, 4, 3), 32: Tile(64, 4, 3), 64: Tile(64, 4, 3), 128: Tile(32, 8, 2)},
-    4: {16: Tile(32, 4, 2), 32: Tile(32, 4, 2), 64: Tile(32, 8, 2)},
+    2: {16: Tile(64, 4, 3), 32: Tile(64, 4, 3), 64: Tile(64, 4, 2), 128: Tile(32, 8, 2)},
+    4: {32: Tile(16, 8, 2), 64: Tile(32, 8, 2)},
 }
 PRODUCT_BACKWARD: Tiles = {
     2: {16: Tile(64, 4, 3), 32: Tile(64, 4, 3), 64: Tile(64, 4, 3), 128: Tile(32, 8, 2)},
-    4: {16: Tile(32, 4, 2), 32: Tile(32, 4, 2), 64: Tile(32, 8, 2)},
+    4: {32: Tile(16, 8, 2), 64: Tile(32, 8, 2)},
 }
 FEWEST_ROWS = 16  # of a tile: tensor cores want them
 # dW' has blocks * r rows and shards * part columns on chip: the larger, the less often x and dy are read from the second-level
@@ -44,7 +44,7 @@ GRADIENT: Tiles = {
         64: Tile(32, 8, 3, shards=4),
         128: Tile(32, 8, 3, 64),
     },
-    4: {16: Tile(32, 8, 2, blocks=2, shards=4), 32: Tile(32, 8, 2, shards=2), 64: Tile(32, 8, 2, 32)},
+    4: {16: Tile(32, 8, 2, blocks=2, shards=4), 32: Tile(32, 8, 2, shards=2), 64: Tile(32, 8, 1, 32)},
 }
 
 

@@ -31,7 +31,7 @@ def product(v: Tensor, matrices: Sequence[Tensor], index: Sequence[int], scales:
     """p (rows, tokens, l) in v's dtype. v (rows, tokens, r), matrices (r, l) each, index (rows), scales (adapters)."""
     rows, tokens, r = v.shape
     columns = matrices[0].shape[1]
-    tile = TOKENS if tokens < MANY_TOKENS else MANY_TOKENS
+    tile = MANY_TOKENS if _many(v) else TOKENS
     p, matrices = v.new_empty(rows, tokens, columns), _aligned(matrices)
     if p.numel():
         product_kernel[(rows, triton.cdiv(tokens, tile), triton.cdiv(columns, COLUMNS))](
@@ -98,7 +98,7 @@ def block_product(
     """
     rows, tokens, features = v.shape
     r = blocks[0].shape[-1]
-    sizes = (BLOCKS if tokens < MANY_TOKENS else PRODUCT)[v.element_size()][r]
+    sizes = (PRODUCT if _many(v) else BLOCKS)[v.element_size()][r]
     tiles, halves = triton.cdiv(tokens, sizes.rows), width(r) // sizes.part
     step, parts = splits(max(1, rows * tiles * halves), triton.cdiv(features, width(r)))
     p, blocks = torch.empty_like(v), _aligned(blocks)
@@ -192,6 +192,11 @@ def block_kernel(
     NARROW: tl.constexpr = R if PART > R else PART
     place = ((part * rows + row) * tokens + token) * R + half * PART + tl.arange(0, NARROW)[None, :]
     tl.store(sums + place, folded(folding, TOKENS, NARROW, PART), mask=live)
+
+
+def _many(v: Tensor) -> bool:
+    """Whether tiles are to hold many tokens. Registers hold few of float32."""
+    return v.shape[1] >= MANY_TOKENS and v.element_size() == 2
 
 
 def _aligned(tensors: Sequence[Tensor]) -> list[Tensor]:
