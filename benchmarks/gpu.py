@@ -10,6 +10,7 @@ works, and its times mean nothing.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -40,7 +41,8 @@ from bonetune.ops.backend import DTYPES, INSTALLED, OLDEST, SIZES
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 PEFT = ("lora", "lora bf16", "miss (PEFT)", "miss (PEFT) bf16", "bat (PEFT)", "bat (PEFT) bf16")
 BY_ROW = ("bone", "mini", "bat-row", "bat-free", "bat-left")  # variants of which a mixed batch has a kernel
-FLUSHED = 1 << 29  # bytes that are written before a call is timed: more than any second-level cache
+FLUSHED = 1 << 29  # bytes that are read before a call is timed: more than any second-level cache
+CYCLES = 2e9  # of a GPU, a second
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,12 @@ def place() -> Place:
     if torch.cuda.is_available():
         if not INSTALLED:
             sys.exit("Triton is not installed: pip install 'bonetune[triton]'.")
-        if torch.version.hip is not None or torch.cuda.get_device_capability() < OLDEST:
+        device = f"cuda:{torch.cuda.device_count() - 1}"  # of several the last, which is not the current one
+        if torch.version.hip is not None or torch.cuda.get_device_capability(device) < OLDEST:
             sys.exit(f"The kernels want an NVIDIA GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer.")
         checked = ((8, 24, 1), (8, 24, 17), (8, 24, 64), (24, 8, 333), (16, 16, 4096))
         timed = ((4096, 4096, 64), (2048, 2048, 1024), (4096, 4096, 4096), (11008, 4096, 4096), (4096, 4096, 16384))
-        # of several GPUs the last, which is not the current one
-        return Place(f"cuda:{torch.cuda.device_count() - 1}", checked, timed, (16, 64, 128), gpu_seconds, 0.02)
+        return Place(device, checked, timed, (16, 64, 128), gpu_seconds, 0.02)
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Place("cpu", ((2, 3, 17), (3, 2, 70)), ((128, 128, 32),), (), _wall_seconds, 0.0)
     sys.exit("No GPU is here. TRITON_INTERPRET=1 python -m benchmarks.gpu goes through the same by Triton's interpreter.")
@@ -106,17 +108,28 @@ def place() -> Place:
 def gpu_seconds(step: Step, calls: int) -> float:
     """Seconds that the GPU takes for so many calls, each between events of its own and from an empty second-level cache.
 
-    Emptying it takes so long that the host is ahead when a call begins: its own time is not in this.
+    The GPU is kept waiting until the host has issued the whole call, however long that takes: the host's time is not in this.
     """
-    cache = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-    for began, ended in events:
-        cache.zero_()
-        began.record()
-        step()
-        ended.record()
+    cache = torch.ones(FLUSHED // 4, device="cuda")
     torch.cuda.synchronize()
-    return sum(began.elapsed_time(ended) for began, ended in events) / 1000
+    began_at = time.perf_counter()
+    step()
+    wait = 2 * (time.perf_counter() - began_at)
+    torch.cuda.synchronize()
+    while True:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        late = 0
+        for began, ended in events:
+            cache.sum()  # read, so that nothing is left to be written back
+            torch.cuda._sleep(int(wait * CYCLES))
+            began.record()
+            step()
+            late += began.query()  # the GPU began before the host was through
+            ended.record()
+        torch.cuda.synchronize()
+        if not late:
+            return sum(began.elapsed_time(ended) for began, ended in events) / 1000
+        wait *= 2
 
 
 def _wall_seconds(step: Step, calls: int) -> float:
@@ -153,15 +166,16 @@ class Case:
     def checked(self, what: str, run: Callable[[Any], dict[str, Tensor]]) -> Iterator[Checked]:
         """`run` by the kernels, twice, by PyTorch's path, and by the equations."""
         about = (what, self.spec.variant, self.spec.r, short(self.dtype), self.shape)
+        found = []
         try:
             expected, plain, ours, again = (run(by) for by in ("equations", "torch", "triton", "triton"))
-        except Exception as error:
-            yield Checked(*about, "", failure=f"{type(error).__name__}: {error}")
-            return
-        for name, want in expected.items():
-            error, other = (_worst_row(got[name], want) for got in (ours, plain))
-            repeated = torch.equal(ours[name], again[name])
-            yield Checked(*about, name, error, other, repeated, repeated and error < TOLERANCE[self.dtype])
+            for name, want in expected.items():
+                error, other = (_worst_row(got[name], want) for got in (ours, plain))
+                repeated = torch.equal(ours[name], again[name])
+                found.append(Checked(*about, name, error, other, repeated, repeated and error < TOLERANCE[self.dtype]))
+        except Exception as error:  # a report of what else holds is worth more
+            found = [Checked(*about, "", failure=f"{type(error).__name__}: {error}")]
+        yield from found
 
     def layer(self, by: Any) -> dict[str, Tensor]:
         """Y, dx and the adapter's gradient of one adapter on all rows."""
@@ -174,8 +188,9 @@ class Case:
 
     @torch.no_grad()
     def mixed_batch(self, by: Any) -> dict[str, Tensor]:
-        """Y of a batch with three adapters by turns, and rows without one."""
-        wide, x = by == "equations", self.x[:, None]
+        """Y of a batch with three adapters by turns, and rows without one: of a token each, or of as many as make few rows."""
+        tokens = max(k for k in (1, 64, 111) if len(self.x) % k == 0)
+        wide, x = by == "equations", self.x.view(-1, tokens, self.x.shape[1])
         updates = [
             Update(t.double() if wide else t, self.spec, rows=Rows(range(k, len(x), 4))) for k, t in enumerate(self.thetas)
         ]
@@ -205,7 +220,11 @@ def timed(where: Place, rounds: int) -> list[dict[str, Any]]:
                 model = adapt(layer, method)
                 if backend:
                     set_backend(model, backend)
-                steps[f"{name} {backend}".strip()] = forward_backward(model, x, dy)
+                step, called = forward_backward(model, x, dy), f"{name} {backend}".strip()
+                if (failure := _failure(step)) and name != "frozen":
+                    print(f"{called}: {failure}", file=sys.stderr)
+                    continue
+                steps[called] = step
         with torch.cuda.device(where.device) if where.device != "cpu" else nullcontext():
             seconds = interleaved(steps, rounds, where.shortest, where.sample)
         about = {"out": out, "in": features, "tokens": tokens, "lora_rank": lora_rank([(out, features)])}
@@ -214,12 +233,21 @@ def timed(where: Place, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _failure(step: Step) -> str:
+    """What goes wrong in a call, if something does: out of memory, say, or of registers."""
+    try:
+        step()
+    except Exception as error:  # what else can be timed is worth more
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def timed_alone(where: Place, rounds: int) -> list[dict[str, Any]]:
     """Each kernel in bfloat16, at the sizes of `benchmarks.kernels`, whose model says what it might take."""
     rows = []
     for r in where.alone:
         with torch.cuda.device(where.device):
-            steps = cases(torch.bfloat16, r, where.device)
+            steps = {name: call for name, call in cases(torch.bfloat16, r, where.device).items() if not _failure(call)}
             seconds = interleaved(steps, rounds, where.shortest, where.sample)
         rows += [{"kernel": name, "r": r, "seconds": found} for name, found in seconds.items()]
     return rows
@@ -233,7 +261,7 @@ def _checks_table(checks: list[Checked]) -> str:
             mine = [c for c in checks if (c.variant, c.dtype) == (variant, dtype)]
             verdict = "passed" if all(c.passed for c in mine) else "FAILED"
             if compared := [c for c in mine if not c.failure]:
-                worst = max(compared, key=lambda c: c.triton)
+                worst = max(compared, key=lambda c: (not c.passed, math.isnan(c.triton), c.triton))
                 where = f"{worst.tensor}, {worst.what}, r={worst.r}"
                 lines.append([variant, dtype, f"{worst.triton:.1e}", f"{worst.torch:.1e}", where, verdict])
             lines += [
@@ -249,8 +277,8 @@ def _times_table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for name in dict.fromkeys(row["method"] for row in rows):
         mine = {(row["out"], row["in"], row["tokens"]): row for row in rows if row["method"] == name}
-        cells = (mine[layer] for layer in layers)
-        lines.append([name, *(f"{row['median']:.2f} [{row['lowest']:.2f}, {row['highest']:.2f}]" for row in cells)])
+        cells = (mine.get(layer) for layer in layers)
+        lines.append([name, *(f"{c['median']:.2f} [{c['lowest']:.2f}, {c['highest']:.2f}]" if c else "failed" for c in cells)])
     return markdown(["method", *(f"{out} x {features}, {tokens}" for out, features, tokens in layers)], lines)
 
 

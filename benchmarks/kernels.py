@@ -60,6 +60,7 @@ def cases(dtype: torch.dtype, r: int, device: str = "meta") -> dict[str, Callabl
         "shard add": lambda: shards.shard_add_(x, s),
         "block product, bat-left": lambda: blocks.block_product(dy, B, 0.5, s, dy, False),
         "block product, bat-left dy": lambda: blocks.block_product(dy, B.mT, 0.5, None, dy, True),
+        "block backward, bat-left, apart": lambda: blocks.block_backward(dy, B, 0.5, dy, None, None, None, True),
         "block gradient, bat-left": lambda: blocks.block_backward(dy, B, 0.5, dy, s, None, None, False),
     }
     for name, theta in (("bat-row", M), ("bat-free", one)):
@@ -80,7 +81,7 @@ def cases(dtype: torch.dtype, r: int, device: str = "meta") -> dict[str, Callabl
     if r in REDUCED[dtype.itemsize]:
         found["bat gradient"] = lambda: column.gradient(x, dy, W, r, 0.5)
     if r in FUSED[dtype.itemsize]:
-        for n in FEW:
+        for n in (1, 32, 64):  # tiles of 16, 32 and 64 rows
             found |= {
                 f"bat product, {n} rows": lambda n=n: column.product(x[:n], W, B, bias, 0.5, True),
                 f"bat product, {n} rows, apart": lambda n=n: column.product(x[:n], W, B, None, 0.5, False),
@@ -194,7 +195,7 @@ def work(r: int) -> dict[str, Work]:
         "block product, y (bat-left)": Work(2 * y + tall + shard, 2 * ROWS * OUT * r),
         "bat weight": Work(2 * W + tall, 2 * OUT * FEATURES * r),
         **{f"bat product, {n} rows": Work(W + tall + 2 * n * (FEATURES + OUT), 4 * n * OUT * FEATURES) for n in FEW},
-        "bat gradient": Work(x + y + W + tall, 2 * OUT * FEATURES * (ROWS + r)),
+        "bat gradient": Work(2 * (x + y) + W + tall, 2 * OUT * FEATURES * (ROWS + r) + 2 * ROWS * OUT * r),
     }
 
 

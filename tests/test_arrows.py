@@ -67,7 +67,7 @@ def test_only_the_tuner_knows_pefts_internals():
 
 
 def test_ops_need_torch_alone_and_their_kernels_triton():
-    standard = {"math", "os", "typing", "collections", "dataclasses", "functools", "importlib"}
+    standard = {"math", "os", "typing", "collections", "contextlib", "dataclasses", "functools", "importlib"}
     for path in (ROOT / "ops").rglob("*.py"):
         allowed = standard | {"torch", "bonetune"} | ({"triton"} if path.parent.name == "kernels" else set())
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,5 +1,6 @@
 """The Triton kernels by Triton's interpreter, on CPU tensors: against the equations in float64, and against PyTorch's path."""
 
+import importlib
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -9,11 +10,12 @@ from torch import nn
 
 from benchmarks.interpreter import bfloat16_products
 from bonetune.errors import InputError
-from bonetune.ops import Rows, Update, adapted_linear, apply, operators
+from bonetune.ops import Rows, Update, adapted_linear, apply, column, operators
 from bonetune.ops.backend import SIZES, use_kernels
 from bonetune.spec import VARIANTS, ShardSpec
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'bonetune[triton]'")
+kernels = importlib.import_module("bonetune.ops.kernels.column")
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of a tensor's norm
 
@@ -178,8 +180,7 @@ def test_operators_launch_on_the_device_of_their_tensors_whatever_their_strides(
         yield
 
     monkeypatch.setattr(operators, "_device", device)
-    first = 1 if operator is operators.shard_add_ else 0  # which refuses another layout of what it writes to
-    spread = [gaps(a) if isinstance(a, torch.Tensor) and k >= first else a for k, a in enumerate(arguments)]
+    spread = [gaps(a) if isinstance(a, torch.Tensor) else a for a in arguments]
     got = operator(*spread)
     assert entered == [torch.device("cpu")]
     for one, other in zip(*(results if isinstance(results, tuple) else (results,) for results in (got, expected)), strict=True):
@@ -191,9 +192,11 @@ def gaps(tensor):
     return torch.stack([tensor, torch.full_like(tensor, float("nan"))], -1)[..., 0]
 
 
-def test_what_is_written_to_must_lie_row_by_row():
-    with pytest.raises(ValueError, match="contiguous"):
-        operators.shard_add_(gaps(torch.randn(4, 32)), torch.randn(4, 16))
+def test_what_is_written_to_may_have_gaps():
+    y, t = gaps(torch.randn(4, 32)), torch.randn(4, 16)
+    expected = y + t.repeat(1, 2)
+    operators.shard_add_(y, t)
+    torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -276,7 +279,7 @@ def test_auto_leaves_cpus_to_torch_and_triton_says_what_it_cannot_do(monkeypatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 21])
+@pytest.mark.parametrize("tokens", [1, 21, 70])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_row_with_its_own_adapter(variant, tokens, dtype):
     out, features, rows = 48, 80, 6
@@ -298,6 +301,22 @@ def test_a_row_with_two_adapters_of_one_kind_gets_both(variant):
     updates = [u._replace(theta=u.theta.detach(), rows=Rows(o)) for u, o in zip(updates, rows, strict=True)]
     expected = apply(x.double(), W.double(), [u._replace(theta=u.theta.double()) for u in updates], bias.double())
     close(adapted_linear(Frozen(W, bias, True), x, updates, backend="triton"), expected, torch.float32, "y")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loops_of_several_steps_in_a_mixed_batch(monkeypatch, variant):
+    monkeypatch.setattr("bonetune.ops.kernels.tiles.PROGRAMS", 1)
+    W, bias, _, updates = make([variant] * 2, 16, 144, 368, 3, torch.float32)
+    x = torch.randn(3, 5, 368, generator=torch.Generator().manual_seed(1))
+    updates = [u._replace(theta=u.theta.detach(), rows=Rows([k])) for k, u in enumerate(updates)]
+    expected = apply(x.double(), W.double(), [u._replace(theta=u.theta.double()) for u in updates], bias.double())
+    close(adapted_linear(Frozen(W, bias, True), x, updates, backend="triton"), expected, torch.float32, "y")
+
+
+def test_the_tables_are_for_what_bat_asks_of_them():
+    for size in (2, 4):
+        assert tuple(kernels.PRODUCT[size]) == tuple(kernels.PRODUCT_BACKWARD[size]) == column.FUSED[size]
+        assert tuple(kernels.GRADIENT[size]) == column.REDUCED[size]
 
 
 @pytest.mark.parametrize("variant", ["bone", "bat-row", "bat-free", "bat-left"])

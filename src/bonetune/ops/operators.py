@@ -48,10 +48,11 @@ def shard_add_(y: Tensor, t: Tensor) -> None:
     """y_b += t in place. y (n, features), t (n, r)."""
     from bonetune.ops.kernels import shards
 
-    if not y.is_contiguous():
-        raise ValueError(f"y lies with strides {y.stride()}: pass y.contiguous()")
+    whole = _whole(y)
     with _device(y):
-        shards.shard_add_(y, _whole(t))
+        shards.shard_add_(whole, _whole(t))
+    if whole is not y:
+        y.copy_(whole)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::block_product", mutates_args=())

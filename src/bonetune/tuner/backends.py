@@ -18,8 +18,8 @@ def set_backend(model: nn.Module, backend: Backend) -> int:
             NVIDIA GPUs of compute capability 8.0 and newer with Triton installed, for bfloat16, float16 and float32, r of 16,
             32, 64 or 128, and more than 16 rows (any number for bat, and in a batch of several adapters); else PyTorch. With
             either, PyTorch also computes what there is no kernel for: bone and mini on layers that are not plain Linear ones
-            (quantized, sharded, hooked, with dropout, with other variants), bat where x is narrower than W (autocast) and in a
-            batch of several adapters.
+            (quantized, sharded, hooked, with dropout, beside bat or bat-left), and bat where x is narrower than W (autocast).
+            In a batch of several adapters those of bat go one by one.
 
     Returns:
         How many layers were told.

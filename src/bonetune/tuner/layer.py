@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,17 +28,18 @@ class AdapterNames(tuple[str, ...]):
 
     rows: dict[str, Rows]
 
-    @classmethod
-    def of(cls, names: Sequence[str]) -> "AdapterNames":
-        """The names themselves if they are these already."""
-        if isinstance(names, cls):
-            return names
-        made, numbers = cls(names), defaultdict[str, list[int]](list)
-        for row, name in enumerate(names):
+    def __new__(cls, names: Iterable[str]) -> "AdapterNames":
+        made, numbers = super().__new__(cls, names), defaultdict[str, list[int]](list)
+        for row, name in enumerate(made):
             if name != NO_ADAPTER:
                 numbers[name].append(row)
         made.rows = {name: Rows(rows) for name, rows in numbers.items()}
         return made
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "AdapterNames":
+        """The names themselves if they are these already."""
+        return names if isinstance(names, cls) else cls(names)
 
 
 class BoneLayer(nn.Module, BaseTunerLayer):

@@ -3,8 +3,9 @@
     W'[a,b] = W[a,b] + scale * (W[a,b] B[a] + B[a])        y_a = sum_b x_b W'[a,b]^T        dx_b = sum_a dy_a W'[a,b]
     dW'[a,b] = dy_a^T x_b                                  dB[a] = scale * sum_b (dW'[a,b] + W[a,b]^T dW'[a,b])
 
-W (out, in), B (out / r, r, r), x, dx (n, in), y, dy (n, out). `weight` writes W' once, for the library's products. For few
-rows `product` and `product_backward` transform what is multiplied by W instead, which doubles the operations and reads W once:
+W (out, in), B (out / r, r, r), x, dx (n, in), y, dy (n, out). `weight` writes W' once, for the library's products. For few rows
+`product` and `product_backward` transform what is multiplied by W instead, which doubles the operations and reads W once for
+each tile of rows:
 
     y_a = sum_b (x_b + x_b B[a]^T) W[a,b]^T + (sum_b x_b) B[a]^T
     dx_b = sum_a h_ab + (h_ab + dy_a) B[a],  h_ab = dy_a W[a,b]
@@ -34,7 +35,7 @@ PRODUCT_BACKWARD: Tiles = {
     2: {16: Tile(64, 4, 3), 32: Tile(64, 4, 3), 64: Tile(64, 4, 3), 128: Tile(32, 8, 2)},
     4: {32: Tile(16, 8, 2), 64: Tile(32, 8, 2)},
 }
-FEWEST_ROWS = 16  # of a tile: tensor cores want them
+SMALLEST_TILE = 16  # rows: tensor cores want them
 # dW' has blocks * r rows and shards * part columns on chip: the larger, the less often x and dy are read from the second-level
 # cache
 GRADIENT: Tiles = {
@@ -263,18 +264,18 @@ def product_backward_kernel(
 
 def _few(n: int, tile: Tile) -> int:
     """Rows of a tile: the fewest that hold n, up to the table's."""
-    return min(tile.rows, max(FEWEST_ROWS, triton.next_power_of_2(max(1, n))))
+    return min(tile.rows, max(SMALLEST_TILE, triton.next_power_of_2(max(1, n))))
 
 
 def gradient(x: Tensor, dy: Tensor, W: Tensor, r: int, scale: float) -> Tensor:
-    """dB (out / r, r, r) in float32. x (n, in), dy (n, out), W in one dtype."""
+    """dB (out / r, r, r) in float32, of which the share dy_a^T sum_b x_b is rounded to x's dtype. x (n, in), dy (n, out), W."""
     n, features = x.shape
     out, tile = len(W), GRADIENT[x.element_size()][r]
     part = tile.part or r
     heights, groups, halves = triton.cdiv(out, r * tile.blocks), triton.cdiv(features, r * tile.shards), r // part
     step, parts = splits(heights * halves, groups)
     partial = torch.empty(parts + 1, out // r, r, r, dtype=torch.float32, device=x.device)
-    partial[parts] = scale * torch.mm(dy.T, shard_sum(x, r)).view(-1, r, r)  # sum_b dW'[a,b] = dy_a^T sum_b x_b
+    partial[parts] = scale * torch.mm(dy.T, shard_sum(x, r)).float().view(-1, r, r)  # sum_b dW'[a,b] = dy_a^T sum_b x_b
     gradient_kernel[(heights, parts, halves)](
         x,
         dy,
