@@ -204,7 +204,7 @@ def test_an_adapter_loaded_over_a_base_that_is_on_disk(tmp_path, monkeypatch, va
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
     assert any(p.is_meta for p in blocks(model).values())
-    torch.testing.assert_close(logits(model), logits(trained))
+    torch.testing.assert_close(logits(model), logits(trained), rtol=1e-5, atol=3e-5)  # CPUs sum in orders of their own
     torch.testing.assert_close(logits(model.merge_and_unload()), logits(trained), rtol=1e-4, atol=1e-4)
 
 
