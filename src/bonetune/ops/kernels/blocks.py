@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonetune.ops.kernels.tiles import Tile, Tiles, diagonal, folded, precision, splits, width
+from bonetune.ops.kernels.tiles import Tile, Tiles, added, diagonal, folded, partials, precision, splits, width
 from bonetune.ops.shards import scaled
 
 PRODUCT: Tiles = {
@@ -40,9 +40,9 @@ def block_product(
     r, blocks = blocks.shape[-1], scaled(blocks, scale, v.dtype)
     tile_sizes = PRODUCT[v.element_size()][r]
     groups, tiles = triton.cdiv(features, width(r)), triton.cdiv(n, tile_sizes.rows)
-    step, parts = splits(max(tiles, 1), groups)
+    step, parts = splits(tiles, groups)
     total, halves = torch.empty_like(v), width(r) // tile_sizes.part
-    sums = torch.empty(parts, n if summed else 0, r, dtype=v.dtype if parts == 1 else torch.float32, device=v.device)
+    sums = partials(parts, n if summed else 0, r, like=v)
     if n:
         product_kernel[(tiles, parts, halves)](
             v,
@@ -67,7 +67,7 @@ def block_product(
             PRECISION=precision(v.dtype),
             **tile_sizes.launch,
         )
-    return total, sums[0] if parts == 1 else sums.sum(0).to(v.dtype)
+    return total, added(sums, v)
 
 
 @triton.jit(do_not_specialize=["n", "step"])

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bonetune.ops.kernels.shards import shard_sum
-from bonetune.ops.kernels.tiles import Tile, Tiles, diagonal, precision, splits, width
+from bonetune.ops.kernels.tiles import Tile, Tiles, added, diagonal, partials, precision, splits, width
 from bonetune.ops.shards import scaled
 
 WEIGHT: Tiles = {
@@ -116,8 +116,8 @@ def product(x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None, scale: float, 
     tile, B = PRODUCT[x.element_size()][r], scaled(B, scale, W.dtype)
     rows = _few(n, tile)
     tiles = triton.cdiv(n, rows)
-    step, parts = splits(max(1, tiles) * (out // r), triton.cdiv(features, width(r)))
-    y = torch.empty(parts, n, out, dtype=x.dtype if parts == 1 else torch.float32, device=x.device)
+    step, parts = splits(tiles * (out // r), triton.cdiv(features, width(r)))
+    y = partials(parts, n, out, like=x)
     if n:
         product_kernel[(tiles, out // r, parts)](
             x,
@@ -138,7 +138,7 @@ def product(x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None, scale: float, 
             PRECISION=precision(x.dtype),
             **tile.launch,
         )
-    return y[0] if parts == 1 else y.sum(0).to(x.dtype)
+    return added(y, x)
 
 
 @triton.jit(do_not_specialize=["n", "step"])
@@ -197,8 +197,8 @@ def product_backward(dy: Tensor, W: Tensor, B: Tensor, scale: float, with_weight
     tile, B = PRODUCT_BACKWARD[dy.element_size()][r], scaled(B, scale, W.dtype)
     rows = _few(n, tile)
     tiles, groups = triton.cdiv(n, rows), triton.cdiv(features, width(r))
-    step, parts = splits(max(1, tiles) * groups, out // r)
-    dx = torch.empty(parts, n, features, dtype=dy.dtype if parts == 1 else torch.float32, device=dy.device)
+    step, parts = splits(tiles * groups, out // r)
+    dx = partials(parts, n, features, like=dy)
     if n:
         product_backward_kernel[(tiles, groups, parts)](
             dy,
@@ -217,7 +217,7 @@ def product_backward(dy: Tensor, W: Tensor, B: Tensor, scale: float, with_weight
             PRECISION=precision(dy.dtype),
             **tile.launch,
         )
-    return dx[0] if parts == 1 else dx.sum(0).to(dy.dtype)
+    return added(dx, dy)
 
 
 @triton.jit(do_not_specialize=["n", "step"])

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bonetune.ops.kernels.blocks import PRODUCT
-from bonetune.ops.kernels.tiles import Tile, Tiles, diagonal, folded, precision, splits, width
+from bonetune.ops.kernels.tiles import Tile, Tiles, added, diagonal, folded, partials, precision, splits, width
 
 # Tokens of a row in a tile: generation has one, and tensor cores want 16. Prompts take larger tiles.
 TOKENS, MANY_TOKENS = 16, 64
@@ -100,9 +100,9 @@ def block_product(
     r = blocks[0].shape[-1]
     sizes = (PRODUCT if _many(v) else BLOCKS)[v.element_size()][r]
     tiles, halves = triton.cdiv(tokens, sizes.rows), width(r) // sizes.part
-    step, parts = splits(max(1, rows * tiles * halves), triton.cdiv(features, width(r)))
+    step, parts = splits(rows * tiles * halves, triton.cdiv(features, width(r)))
     p, blocks = torch.empty_like(v), _aligned(blocks)
-    sums = torch.empty(parts, rows, tokens, r, dtype=v.dtype if parts == 1 else torch.float32, device=v.device)
+    sums = partials(parts, rows, tokens, r, like=v)
     if v.numel():
         block_kernel[(rows, tiles, parts * halves)](
             v,
@@ -127,7 +127,7 @@ def block_product(
             PRECISION=precision(v.dtype),
             **sizes.launch,
         )
-    return p, sums[0] if parts == 1 else sums.sum(0).to(v.dtype)
+    return p, added(sums, v)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "step"])

@@ -6,12 +6,11 @@ x, y (n, features), a ragged last shard as far as it goes; s, t (n, r). Both are
 read once.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonetune.ops.kernels.tiles import folded, splits
+from bonetune.ops.kernels.tiles import added, folded, partials, splits
 
 SUM_ROWS, SUM_COLUMNS = 8, 256
 ADD_ROWS, ADD_COLUMNS = 32, 128
@@ -22,11 +21,11 @@ def shard_sum(x: Tensor, r: int) -> Tensor:
     n, features = x.shape
     groups = triton.cdiv(features, SUM_COLUMNS)
     tiles = triton.cdiv(n, SUM_ROWS)
-    step, parts = splits(max(tiles, 1), groups)
-    sums = torch.empty(parts, n, r, dtype=x.dtype if parts == 1 else torch.float32, device=x.device)
+    step, parts = splits(tiles, groups)
+    sums = partials(parts, n, r, like=x)
     if n:
         sum_kernel[(tiles, parts)](x, sums, n, features, step, R=r, WIDTH=SUM_COLUMNS, ROWS=SUM_ROWS)
-    return sums[0] if parts == 1 else sums.sum(0).to(x.dtype)
+    return added(sums, x)
 
 
 @triton.jit(do_not_specialize=["n", "step"])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Shards of less than this many columns go through a kernel several at a time, so that rows are read in whole cache lines.
 NARROWEST = 64
@@ -52,8 +53,18 @@ def width(r: int) -> int:
 
 def splits(programs: int, steps: int) -> tuple[int, int]:
     """(steps of a part, parts): how a loop of `steps` is cut, so that `programs` become enough, whatever the device."""
-    step = triton.cdiv(steps, max(1, min(steps, triton.cdiv(PROGRAMS, programs))))
+    step = triton.cdiv(steps, max(1, min(steps, triton.cdiv(PROGRAMS, max(1, programs)))))
     return step, triton.cdiv(steps, step)
+
+
+def partials(parts: int, *shape: int, like: Tensor) -> Tensor:
+    """What so many parts write to: (parts, *shape), in float32, or in the dtype of `like` where one part has the whole sum."""
+    return torch.empty(parts, *shape, dtype=like.dtype if parts == 1 else torch.float32, device=like.device)
+
+
+def added(parts: Tensor, like: Tensor) -> Tensor:
+    """The sum of the parts, always in the same order, rounded once to the dtype of `like`."""
+    return parts[0] if len(parts) == 1 else parts.sum(0).to(like.dtype)
 
 
 def precision(dtype: torch.dtype) -> str:
