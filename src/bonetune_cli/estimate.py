@@ -23,8 +23,8 @@ def estimate(
 
     from rich.table import Table
 
+    from bonetune.training.ingredients import read_data, resolved, tokenizer_of
     from bonetune.training.memory import CATEGORIES, measure, predict, worst_batch
-    from bonetune.training.plan import read_data, resolved, tokenizer_of
     from bonetune_cli.console import console, out, quiet_libraries
 
     quiet_libraries()

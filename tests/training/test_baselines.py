@@ -1,6 +1,5 @@
 """Other methods in the same loop: they learn, go on bit for bit, and what they leave is plain PEFT's or transformers'."""
 
-import importlib
 import json
 import re
 
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 
 import bonetune
 from bonetune.errors import InputError
-from bonetune.training import baselines, make_config, memory, plan
+from bonetune.training import baselines, make_config, memory, plan, preflight
 from bonetune.training.baselines import CHANGING_THE_BASE, KWARGS
 from bonetune.training.folder import clear, finished
 from bonetune.training.live_storages import LiveStorages
@@ -245,7 +244,7 @@ def test_ranks_by_name_and_some_layers_only(settings, tmp_path):
 
 def test_rounding_of_what_is_left_of_a_narrow_base_is_told(settings, tmp_path, monkeypatch):
     # which is remarked on as well where it is so
-    monkeypatch.setattr(importlib.import_module("bonetune.training.plan"), "lacks_instructions_for", lambda dtype: False)
+    monkeypatch.setattr(preflight, "lacks_instructions_for", lambda dtype: False)
     seen = []
     result = bonetune.train(of(settings, "pissa", dtype="bfloat16"), on_plan=seen.append)
     (note,) = result.notes

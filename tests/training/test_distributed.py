@@ -302,10 +302,10 @@ def _shard_on_cpus():
     from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
 
-    from bonetune.training import trainer
+    from bonetune.training import preflight, trainer
 
-    planning_module, arguments_of = sys.modules["bonetune.training.plan"], trainer.training_arguments
-    planning_module._check_surroundings = lambda config: None
+    arguments_of = trainer.training_arguments
+    preflight.check_surroundings = lambda config: None
 
     def told(planned):
         arguments = arguments_of(planned)

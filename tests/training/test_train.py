@@ -1,4 +1,3 @@
-import importlib
 import json
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import bonetune
 from bonetune.errors import InputError, RunError, SpecError
 from bonetune.models import end_tokens, load_model
 from bonetune.spec import VARIANTS
-from bonetune.training import folder, plan
+from bonetune.training import folder, plan, preflight
 
 WORDS = ["the", "quick", "brown", "fox", "lazy", "dog"]
 
@@ -134,8 +133,7 @@ def test_a_lora_sized_learning_rate_is_remarked_on(settings):
 
 def test_a_dtype_that_the_cpu_cannot_multiply_is_remarked_on(settings, monkeypatch):
     """Without AVX512 a step of SmolLM2-135M took 240 s in bfloat16, and 11 s in float32."""
-    module = importlib.import_module("bonetune.training.plan")  # the package has a function of that name
-    monkeypatch.setattr(module, "lacks_instructions_for", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(preflight, "lacks_instructions_for", lambda dtype: dtype == torch.bfloat16)
     assert "set dtype to float32" in plan(settings | {"dtype": "bfloat16"}).notes[0]
     assert "leave bf16 out" in plan(settings | {"bf16": True}).notes[0]
     assert plan(settings).notes == []

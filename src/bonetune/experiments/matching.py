@@ -16,7 +16,7 @@ from bonetune.models.skeleton import skeleton
 from bonetune.spec import ShardSpec
 from bonetune.training import baselines
 from bonetune.training.config import RunConfig
-from bonetune.training.plan import adapter_config, model_options, read_data, tokenizer_of
+from bonetune.training.ingredients import adapter_config, model_options, read_data, tokenizer_of
 from bonetune.tuner import BoneLayer
 
 _NOWHERE = Path("matching")

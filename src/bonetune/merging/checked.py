@@ -168,8 +168,8 @@ class _Rows:
     __call__ = product
 
     def weight(self) -> Tensor:
-        """`FrozenLinear` asks for it, and only `bat` would call it, which is compared in bands instead."""
-        raise NotImplementedError("it is never held whole")
+        """Never held whole: only `bat` would ask for it, which `_adapted` compares in bands."""
+        raise AssertionError("a weight that is read a few rows at a time was asked for whole: take its pieces")
 
     def pieces(self, dtype: torch.dtype, specs: Sequence[ShardSpec] = ()) -> Iterator[tuple[slice, Tensor]]:
         for rows in row_pieces(*self._shape, specs, _PIECE_ELEMENTS):

@@ -10,6 +10,8 @@ from bonetune.errors import RunError
 from bonetune.files import write_json
 
 MANIFEST_FILE, PREFIX = "checksums.json", "checkpoint-"
+# What a checkpoint says of the data it was trained on.
+DATA_FILE = "data.json"
 
 
 def step_of(checkpoint: Path) -> int:

@@ -25,8 +25,8 @@ from bonetune.models import load_base, packed_attention
 from bonetune.models.skeleton import skeleton
 from bonetune.training import baselines
 from bonetune.training.config import RunConfig
+from bonetune.training.ingredients import adapter_config, model_options, task_of, tokenizer_of
 from bonetune.training.live_storages import LiveStorages, WithoutValues
-from bonetune.training.plan import adapter_config, model_options, task_of, tokenizer_of
 from bonetune.training.tasks import ABOUT, task_named
 
 

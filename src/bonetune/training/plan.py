@@ -1,11 +1,9 @@
 """Everything up to the first step: settings, data and model read and checked, nothing written."""
 
-import importlib.util
 import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -15,32 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import TaskType, get_peft_model
+from peft import get_peft_model
 from transformers import set_seed
 
-from bonetune.data import Encoded, EncodedSet, ExampleStream, Finding, Lengths, RowFormat, prepare, stream
+from bonetune.data import Encoded, EncodedSet, ExampleStream, Finding, Lengths, RowFormat
 from bonetune.data.batches import Batch, BatchPlan
-from bonetune.diagnostics import lacks_instructions_for
-from bonetune.errors import InputError
-from bonetune.losses import check_loss
-from bonetune.models import Loaded, load_base, load_tokenizer, packed_attention, packing_obstacle
-from bonetune.rwkv import parameters_of
-from bonetune.training import baselines
+from bonetune.models import Loaded, load_base, packed_attention
+from bonetune.training import baselines, preflight
 from bonetune.training.baselines import Adapted
-from bonetune.training.checkpoints import step_of
-from bonetune.training.config import RunConfig, load_config, make_config
-from bonetune.training.folder import claim, finished
-from bonetune.training.learning_rate import default_learning_rate, lora_sized
+from bonetune.training.checkpoints import DATA_FILE
+from bonetune.training.config import RunConfig
+from bonetune.training.folder import claim
+from bonetune.training.ingredients import adapter_config, model_options, read_data, resolved, task_of, tokenizer_of
 from bonetune.training.loader import muted
-from bonetune.training.settings import AdapterSettings
-from bonetune.training.tasks import ABOUT, Task, task_named
-from bonetune.tuner import BoneConfig, set_backend, train_whole_modules_in_float32
+from bonetune.training.tasks import ABOUT, Task
+from bonetune.tuner import set_backend, train_whole_modules_in_float32
 from bonetune.tuner.dequantize import keep_readable
-
-# How many training prompts a run keeps beside its adapter, for the certificate of a merge.
-KEPT_PROMPTS = 16
-# What a checkpoint says of the data it was trained on.
-DATA_FILE = "data.json"
 
 
 @dataclass(frozen=True)
@@ -207,7 +195,7 @@ def plan(
     Nothing is written. Arguments and errors are those of `train`.
     """
     config = resolved(config, overrides)
-    _check_surroundings(config)
+    preflight.check_surroundings(config)
     checkpoint = claim(config, resume=resume, overwrite=overwrite)
     task = task_of(config)
     tokenizer = tokenizer_of(config)
@@ -216,11 +204,11 @@ def plan(
     loaded = load_base(
         config.model_name_or_path, config.dtype, **model_options(config), classes=data.classes, tokenizer=tokenizer
     )
-    rate, notes = _learning_rate(config)
+    rate, notes = preflight.decide_learning_rate(config)
     vocabulary = getattr(loaded.model.get_input_embeddings(), "num_embeddings", 0)
-    _check_tokenizer(config, tokenizer, vocabulary)
+    preflight.check_tokenizer(config, tokenizer, vocabulary)
     keep_readable(loaded.model)  # before it answers for the first time
-    packing, why_not = _packing(config, loaded.model)
+    packing, why_not = preflight.decide_packing(config, loaded.model)
     world = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch set it
     batches = BatchPlan(
         data.train.lengths,
@@ -243,7 +231,12 @@ def plan(
         lengths=data.lengths,
         findings=data.findings,
         learning_rate=rate,
-        notes=[*notes, *why_not, *_slowness(config, loaded.model), *(finding.message for finding in data.findings)],
+        notes=[
+            *notes,
+            *why_not,
+            *preflight.notes_on_speed(config, loaded.model),
+            *(finding.message for finding in data.findings),
+        ],
         prompts=data.prompts,
         opened=data.opened,
         row_format=data.row_format,
@@ -253,15 +246,10 @@ def plan(
         supervised=task.supervised(data.train),
     )
     if checkpoint is not None:
-        _check_continues(planned, checkpoint)
+        preflight.check_continues(checkpoint, planned.fingerprint, planned.steps)
     adapted = _adapted(planned)
-    _check_saved_modules(config, adapted.model)
-    by_chunks = config.task_type == "CAUSAL_LM" and vocabulary and check_loss(adapted.model, vocabulary)
-    if config.bptt_length is not None and not (by_chunks and getattr(loaded.model, "carries_state", False)):
-        raise InputError(
-            f"bptt_length is for models that carry a state from one token to the next, and {type(loaded.model).__name__} does "
-            "not: leave it out."
-        )
+    preflight.check_saved_modules(config, adapted.model)
+    preflight.check_loss_by_chunks(config, adapted.model, vocabulary)
     return replace(planned, model=adapted.model, init_seconds=adapted.seconds, notes=planned.notes + adapted.notes)
 
 
@@ -302,214 +290,3 @@ def _sizes(config: RunConfig) -> dict[str, Any]:
         return {"variant": config.variant, "r": config.r}
     r = {} if config.baseline == "full" else {"r": config.r}
     return r | ({"baseline_kwargs": config.baseline_kwargs} if config.baseline_kwargs else {})
-
-
-def _check_surroundings(config: RunConfig) -> None:
-    """Raise `InputError` if the machine or the folders are not what the settings need."""
-    if config.fsdp and not torch.accelerator.is_available():
-        raise InputError("fsdp needs GPUs, and there are none here: leave it out, and processes on a CPU train by DDP.")
-    if config.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        raise InputError("fsdp shares the weights out over several devices, and there is one process: start with torchrun.")
-    if config.fp16 and not torch.accelerator.is_available():
-        raise InputError("fp16 needs a GPU, and there is none here: use bf16, or neither.")
-    for place in config.report_to:
-        if importlib.util.find_spec(place) is None:
-            raise InputError(f"report_to {place} needs a package that is not installed: pip install {place}")
-    if Path(config.output_dir).resolve() == Path(config.model_name_or_path).resolve():
-        raise InputError("output_dir is the model's own folder, which a run would write into: choose another.")
-    if config.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
-        raise InputError("deepspeed is set, and the package is not installed: pip install deepspeed")
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run learns from, is evaluated on, and says about it."""
-
-    train: EncodedSet
-    stream: ExampleStream | None
-    evaluation: EncodedSet | None
-    sources: np.ndarray | None
-    lengths: Lengths
-    findings: tuple[Finding, ...]
-    prompts: list[tuple[str, str]]
-    opened: bool
-    row_format: RowFormat
-    classes: tuple[str, ...] | None = None
-
-
-def read_data(config: RunConfig, tokenizer: Any) -> Data:
-    """The examples that a run's settings describe."""
-    shared = {
-        "task_type": config.task_type,
-        "dataset_name": config.dataset_name,
-        "dataset_split": config.dataset_split,
-        "dataset_weights": config.dataset_weights,
-        "dataset_format": config.dataset_format,
-        "dataset_field": config.dataset_field,
-        "prompt_template": config.prompt_template,
-        "completion_only_loss": config.completion_only_loss,
-        "eval_dataset_name": config.eval_dataset_name,
-        "eval_dataset_split": config.eval_dataset_split,
-        "max_length": config.max_length,
-        "truncation": config.truncation,
-        "cache_tokens": config.cache_tokens,
-        "seed": config.seed,
-        "kept_prompts": KEPT_PROMPTS,
-    }
-    if config.streaming:
-        source = stream(tokenizer, eval_size=config.eval_size, **shared)
-        return Data(
-            train=source.head,
-            stream=source,
-            evaluation=source.evaluation,
-            sources=None,
-            lengths=source.lengths,
-            findings=source.findings,
-            prompts=source.prompts,
-            opened=source.opened,
-            row_format=source.row_formats[0],
-        )
-    found = prepare(tokenizer, eval_size=config.eval_size, num_labels=config.num_labels, **shared)
-    return Data(
-        train=found.train,
-        stream=None,
-        evaluation=found.evaluation,
-        sources=found.sources if config.dataset_weights is not None else None,
-        lengths=found.lengths,
-        findings=found.findings,
-        prompts=found.prompts,
-        opened=found.opened,
-        row_format=found.row_formats[0],
-        classes=found.classes,
-    )
-
-
-def _packing(config: RunConfig, model: Any) -> tuple[bool, list[str]]:
-    """Whether to pack, and a note if a model that was not told to cannot."""
-    if config.packing is False or config.task_type != "CAUSAL_LM" or config.bptt_length is not None:
-        return False, []
-    with packed_attention(model, config.attn_implementation):
-        obstacle = packing_obstacle(model)
-    if obstacle is None:
-        return True, []
-    if config.packing is True:
-        raise InputError(f"packing: {obstacle} Set packing: false.")
-    return False, [f"Examples are padded, not packed: {obstacle}"]
-
-
-def _check_continues(planned: Plan, checkpoint: Path) -> None:
-    written = json.loads((checkpoint / DATA_FILE).read_text(encoding="utf-8"))
-    if written["examples"] != planned.fingerprint["examples"]:
-        raise InputError(
-            f"The training data is not what the run in {checkpoint.parent} was started with (its content, the tokenizer or the "
-            "way it is read has changed): resume with the old data, or start a new run."
-        )
-    if written["batch_size"] != planned.batches.batch_size:
-        raise InputError(
-            f"The run in {checkpoint.parent} makes steps of {written['batch_size']} examples, now they would have "
-            f"{planned.batches.batch_size}: choose per_device_train_batch_size x gradient_accumulation_steps x devices "
-            "to the same product."
-        )
-    if step_of(checkpoint) >= planned.steps and finished(checkpoint.parent):
-        raise InputError(
-            f"The run in {checkpoint.parent} has done its {planned.steps} steps: raise max_steps or num_train_epochs to go on."
-        )
-
-
-def _check_tokenizer(config: RunConfig, tokenizer: Any, vocabulary: int) -> None:
-    if config.tokenizer_name_or_path is not None and 0 < vocabulary < len(tokenizer):
-        raise InputError(
-            f"tokenizer_name_or_path {config.tokenizer_name_or_path} has {len(tokenizer)} tokens, and "
-            f"{config.model_name_or_path} has embeddings for {vocabulary}: choose one that was made for the model."
-        )
-
-
-def _check_saved_modules(config: RunConfig, model: Any) -> None:
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    unknown = [name for name in config.modules_to_save or () if name.rpartition(".")[2] not in names]
-    if unknown:
-        raise InputError(f"modules_to_save names modules that the model does not have: {', '.join(unknown)}.")
-
-
-def tokenizer_of(config: RunConfig) -> Any:
-    """The tokenizer that a run's settings name, as `bonetune.models.load_tokenizer` loads it."""
-    name = config.tokenizer_name_or_path or config.model_name_or_path
-    return load_tokenizer(name, trust_remote_code=config.trust_remote_code, eos_token=config.eos_token)
-
-
-def task_of(config: RunConfig) -> Task:
-    """What a run's settings train for, with the loss that they ask for."""
-    return task_named(config.task_type, bptt_length=config.bptt_length, l2_wrap=config.l2_wrap)
-
-
-def model_options(config: RunConfig) -> dict[str, Any]:
-    """How a run's settings have its model loaded, as `bonetune.models.load_base` takes it."""
-    return {
-        "task_type": config.task_type,
-        "quantization": config.quantization,
-        "double_quantization": config.bnb_4bit_use_double_quant,
-        "attn_implementation": config.attn_implementation,
-        "trust_remote_code": config.trust_remote_code,
-        "initial_state": "state" in config.train_parts,
-    }
-
-
-def adapter_config(config: RunConfig, model: Any) -> BoneConfig:
-    """The `BoneConfig` that a run's settings describe, for a model that has no adapter yet."""
-    settings = {name: _listed(getattr(config, name)) for name in AdapterSettings.model_fields}
-    if config.train_parts:
-        if isinstance(config.trainable_parameters, str):
-            raise InputError("trainable_parameters is a regular expression, and train_parts names parts: name the parameters.")
-        settings["trainable_parameters"] = [*(config.trainable_parameters or ()), *parameters_of(model, config.train_parts)]
-    return BoneConfig(**settings, task_type=TaskType(config.task_type))
-
-
-def resolved(config: RunConfig | str | Path | dict[str, Any], overrides: dict[str, Any] | list[str] | None = None) -> RunConfig:
-    """The settings that a file, a mapping or a `RunConfig` gives together with overrides."""
-    if isinstance(config, str | Path):
-        return load_config(config, overrides)
-    if isinstance(config, dict):
-        return make_config(config, overrides)
-    return make_config(config.model_dump(), overrides) if overrides else config
-
-
-def _learning_rate(config: RunConfig) -> tuple[float, list[str]]:
-    if config.baseline is not None:
-        if config.learning_rate is None:
-            raise InputError(
-                f"learning_rate has a default for the family's variants, none for baseline {config.baseline}: set it."
-            )
-        return config.learning_rate, []
-    default = default_learning_rate(config.spec)
-    adapts_layers = config.target_modules != () or config.target_parameters is not None
-    if config.learning_rate is None and not adapts_layers:
-        raise InputError("learning_rate has a default for adapted layers, and target_modules names none: set it.")
-    if config.learning_rate is None:
-        return default, []
-    if not adapts_layers or not lora_sized(config.learning_rate, config.spec):
-        return config.learning_rate, []
-    note = (
-        f"learning_rate={config.learning_rate:g} is of LoRA's size. {config.variant} with r={config.r} moves every weight by "
-        f"about the learning rate each step; runs this far above {default:g}, the default here, tend to fall apart."
-    )
-    warnings.warn(note, stacklevel=2)
-    return config.learning_rate, [note]
-
-
-def _slowness(config: RunConfig, model: Any) -> list[str]:
-    """What to know of the run's dtype on this computer."""
-    dtypes, remedy = {p.dtype for p in model.parameters()}, "set dtype to float32"
-    if config.bf16:
-        dtypes, remedy = {torch.bfloat16}, "leave bf16 out"
-    return [
-        f"This CPU has no instructions for {str(dtype)[6:]}: training may take twenty times as long as in float32; {remedy}."
-        for dtype in dtypes
-        if lacks_instructions_for(dtype)
-    ]
-
-
-def _listed(value: Any) -> Any:
-    """Tuples, which settings hold, as the lists that PEFT takes; mappings as ones of their own."""
-    if isinstance(value, tuple):
-        return list(value)
-    return {name: _listed(entry) for name, entry in value.items()} if isinstance(value, dict) else value

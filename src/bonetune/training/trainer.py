@@ -24,7 +24,7 @@ from bonetune.training.config import HEEDING_EVALUATIONS
 from bonetune.training.folder import BAD_BATCH_FILE, METRICS_FILE
 from bonetune.training.learning_rate import schedule_settings
 from bonetune.training.loader import Shares, streaming_loader, training_loader
-from bonetune.training.plan import DATA_FILE, Plan
+from bonetune.training.plan import Plan
 from bonetune.training.report import Progress, Recorder, Tally
 from bonetune.training.signals import Termination
 from bonetune.training.tasks import ABOUT
@@ -358,7 +358,9 @@ class BoneTrainer(Trainer):
                 for unneeded in ("training_args.bin", "README.md"):
                     (staged / unneeded).unlink(missing_ok=True)
                 write_json(staged / TALLY_FILE, asdict(self.recorder.tally))
-                write_json(staged / DATA_FILE, self.planned.fingerprint | {"init_seconds": self.planned.init_seconds})
+                write_json(
+                    staged / checkpoints.DATA_FILE, self.planned.fingerprint | {"init_seconds": self.planned.init_seconds}
+                )
                 checkpoints.publish(staged, self.folder)
                 checkpoints.rotate(self.folder, self.planned.config.save_total_limit)
         except (OSError, RuntimeError, SafetensorError) as error:
