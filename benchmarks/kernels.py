@@ -1,7 +1,7 @@
 """What the Triton kernels become for a GPU, without one: registers, spills and shared memory, and a model of their time.
 
-`python -m benchmarks.kernels` compiles every default configuration for compute capability 8.0 and 9.0 and prints what it takes;
-with --model, it prints the model instead, which needs no Triton. Nothing is run and nothing is timed: that takes a GPU, and
+`python -m benchmarks.kernels` compiles every default configuration for compute capability 8.0 and 9.0 (--capability 100 120: for
+others) and prints what it takes; with --model, it prints the model instead, which needs no Triton. Nothing is run and nothing is timed: that takes a GPU, and
 `python -m benchmarks.gpu`.
 """
 
@@ -22,7 +22,7 @@ from benchmarks.results import markdown
 from bonetune.ops.backend import SIZES
 
 CAPABILITIES = (80, 90)
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OUT, FEATURES, ROWS = 4096, 4096, 4096
 FEW = (1, 64)  # rows of bat's products without W'
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
@@ -221,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What the Triton kernels become for a GPU, without one.")
     parser.add_argument("--r", type=int, nargs="*", default=list(SIZES))
     parser.add_argument("--dtype", choices=[SHORT[d] for d in DTYPES], nargs="*", default=[SHORT[d] for d in DTYPES])
+    parser.add_argument("--capability", type=int, nargs="*", default=list(CAPABILITIES), help="80 for 8.0, 90 for 9.0")
     parser.add_argument("--model", action="store_true", help="print the model of their time instead")
     chosen = parser.parse_args()
     if chosen.model:
@@ -229,7 +230,7 @@ def main() -> None:
     spilled = 0
     print("| kernel | dtype | r | compute capability | registers | stack | shared memory, bytes |")
     print("| --- | --- | --: | --: | --: | --: | --: |")
-    for capability in CAPABILITIES:
+    for capability in chosen.capability:
         for dtype in (d for d in DTYPES if SHORT[d] in chosen.dtype):
             for r in chosen.r:
                 for u in usages(capability, dtype, r):

@@ -40,7 +40,7 @@ def test_the_usual_configuration_fits_the_registers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("r", SIZES)
 def test_every_default_configuration_fits_the_registers(r, dtype):
     assert_fits(compiled("--r", str(r), "--dtype", dtype))
