@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from bonetune.experiments import MethodPlan, Progress
+    from bonetune.experiments import ComparisonPlan, Progress
 
 
 def compare(
@@ -29,7 +29,7 @@ def compare(
     quiet_libraries()
     if dry_run:
         settings = load_comparison(config, overrides)
-        _show(plan_comparison(settings).methods, len(settings.seeds))
+        _show(plan_comparison(settings), len(settings.seeds))
         return
     result = bonetune.compare(
         config,
@@ -58,12 +58,18 @@ def _line(progress: "Progress") -> str:
     return f"[{progress.done} of {progress.known}] {about}: {found} ({outcome.train_seconds:.0f} s of training)"
 
 
-def _show(plans: "list[MethodPlan]", seeds: int) -> None:
+def _show(planned: "ComparisonPlan", seeds: int) -> None:
     from bonetune_cli.console import out
 
-    for plan in plans:
+    for note in planned.notes:
+        out.print(f"Note: {note.replace('`', '')}")
+    for plan in planned.methods:
         size, rates = plan.sized, ", ".join(f"{rate:g}" for rate in plan.rates)
         what = f"{plan.described} (r matched)" if size.matched else plan.described
         out.print(f"{size.name}: {what}: {size.trainable_parameters:,} trainable parameters; learning rates {rates}")
-    swept = sum(len(plan.rates) for plan in plans if len(plan.rates) > 1)
-    out.print(f"At least {swept} runs to choose the learning rates, and {seeds * len(plans)} that count.")
+    swept = sum(len(plan.rates) for plan in planned.methods if len(plan.rates) > 1)
+    counting = seeds * len(planned.methods)
+    if swept:
+        out.print(f"At least {swept} runs to choose the learning rates, and {counting} that count.")
+    else:
+        out.print(f"{counting} runs, all of which count: each method has one learning rate.")

@@ -73,6 +73,7 @@ def test_compare(comparison, run):
     shown = run("compare", comparison, "--dry-run").out
     assert "lora: lora, r=2, lora_alpha=2: 1,856 trainable parameters; learning rates 0.001, 0.002" in shown
     assert "At least 2 runs to choose the learning rates, and 2 that count." in shown
+    assert "2 runs, all of which count" in run("compare", comparison, "methods.lora.learning_rates=[1e-3]", "--dry-run").out
     assert not (comparison.parent / "out").exists()
     done = run("compare", comparison)
     assert "Nothing is decided: methods share 1 seed, and it takes three to tell a difference." in done.out

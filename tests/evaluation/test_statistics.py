@@ -10,13 +10,13 @@ from scipy import stats
 from bonetune.evaluation import Proportion, most_frequent, sign_test
 from bonetune.evaluation.statistics import (
     bootstrap,
+    crossed_bootstrap,
     holm,
     resampled,
     student_quantile,
     student_tail,
     t_interval,
     t_test,
-    two_level_bootstrap,
 )
 
 
@@ -113,32 +113,37 @@ def test_the_bootstrap_is_scipys():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_two_level_bootstrap_is_that_of_all_draws(weighted):
+def test_the_crossed_bootstrap_is_that_of_all_draws(weighted):
     """Two groups of two items have few enough draws to go through all."""
-    weights = [[1, 3], [2, 1]] if weighted else [[1, 1], [1, 1]]
-    groups = [(np.array(v, float), np.array(w, float)) for v, w in zip([[0, 1], [2, 5]], weights, strict=True)]
+    values, weights = np.array([[0.0, 1], [2, 5]]), np.array([[1.0, 3], [2, 1]]) if weighted else np.ones((2, 2))
     pairs = list(itertools.product(range(2), repeat=2))
-    scores = [[values[list(p)].sum() / weights[list(p)].sum() for p in pairs] for values, weights in groups]
     means = [
-        (scores[a][i] + scores[b][j]) / 2 for a, b in pairs for i, j in itertools.product(range(4), repeat=2)
+        np.mean([values[group][list(items)].sum() / weights[group][list(items)].sum() for group in groups])
+        for groups, items in itertools.product(pairs, pairs)
     ]  # each draw is as likely as another
     low, high = np.quantile(means, (0.025, 0.975), method="inverted_cdf")
-    assert two_level_bootstrap(groups) == pytest.approx((low, high))
+    assert crossed_bootstrap(values, weights) == pytest.approx((low, high))
 
 
 def test_many_distinct_items_and_few_are_drawn_alike():
     rng = np.random.default_rng(4)
-    few = [((rng.uniform(size=200) < p) * 1.0, np.ones(200)) for p in (0.4, 0.5, 0.6)]
-    many = [(values + rng.normal(0, 1e-9, 200), weights) for values, weights in few]
-    assert two_level_bootstrap(few) == pytest.approx(two_level_bootstrap(many), abs=0.01)
-    assert two_level_bootstrap(many) == two_level_bootstrap(many)
+    few = (rng.uniform(size=(3, 200)) < np.array([[0.4], [0.5], [0.6]])) * 1.0
+    many = few + rng.normal(0, 1e-9, few.shape)
+    assert crossed_bootstrap(few, np.ones_like(few)) == pytest.approx(crossed_bootstrap(many, np.ones_like(few)), abs=0.01)
+    assert crossed_bootstrap(many, np.ones_like(few)) == crossed_bootstrap(many, np.ones_like(few))
 
 
-def test_the_two_level_bootstrap_sees_the_groups_spread():
-    groups = [(np.full(50, value), np.ones(50)) for value in (-1.0, 0.0, 1.0)]
-    low, high = two_level_bootstrap(groups)
+def test_the_crossed_bootstrap_sees_the_groups_spread():
+    low, high = crossed_bootstrap(np.repeat([[-1.0], [0.0], [1.0]], 50, axis=1), np.ones((3, 50)))
     assert low < -0.5
     assert high > 0.5
+
+
+def test_the_crossed_bootstrap_sees_items_that_are_hard_in_every_group():
+    """Groups that agree on every item tell no more than one of them."""
+    items = np.random.default_rng(5).normal(size=60)
+    one = bootstrap(items.tolist())
+    assert crossed_bootstrap(np.stack([items] * 4), np.ones((4, 60))) == pytest.approx(one, abs=0.03)
 
 
 def test_a_statistic_of_drawn_items_is_scipys_bootstrap():

@@ -8,6 +8,7 @@ from made_up_runs import ENVIRONMENT, Made, question
 from scipy import stats
 
 from bonetune.evaluation.result import TaskResult
+from bonetune.evaluation.statistics import holm
 from bonetune.experiments.analysis import analyse
 from bonetune.experiments.findings import BETTER, BROKEN, NO_SPREAD, NONE_FOUND, TOO_FEW, WORSE
 
@@ -47,7 +48,7 @@ def test_the_same_methods_are_seldom_told_apart():
 def test_no_effect_is_said_to_be_no_difference_found():
     found = analysed(Made({"lora": 0.0, "bone": 0.0}, text=False))
     assert {d.verdict for d in found.differences} == {NONE_FOUND}
-    assert found.summary[0].startswith("No difference found, in any of 2 comparisons with `lora`")
+    assert found.summary[0].startswith("No difference found in loss, in the one comparison with `lora`")
     assert "no difference found: `bone` (its 95% interval reaches from -" in found.summary[1]
     assert not any(" better than" in sentence or " worse than" in sentence for sentence in found.summary)
 
@@ -69,15 +70,16 @@ def test_a_difference_is_scipys_paired_test_over_seeds_adjusted_by_holm():
         assert (found.between(name, "lora", "loss").verdict != NONE_FOUND) == (adjusted <= 0.05)
 
 
-def test_pairs_of_items_are_counted_over_the_seeds():
+def test_an_item_counts_for_the_method_that_got_it_right_with_more_seeds():
     made = Made({"bone": 0.1, "lora": 0.0})
     difference = analysed(made).between("bone", "lora", "exact-match")
-    pairs = [
-        (a["correct"], b["correct"])
-        for seed in (1, 2, 3)
-        for a, b in zip(*(made.counting[name][seed].results["exact-match"].records for name in ("bone", "lora")), strict=True)
-    ]
-    only, other = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    right = {
+        name: sum(
+            np.array([r["correct"] for r in made.counting[name][s].results["exact-match"].records]) * 1 for s in (1, 2, 3)
+        )
+        for name in ("bone", "lora")
+    }
+    only, other = int((right["bone"] > right["lora"]).sum()), int((right["lora"] > right["bone"]).sum())
     assert (difference.only_method, difference.only_reference) == (only, other)
     assert difference.mcnemar_p == pytest.approx(stats.binomtest(only, only + other, 0.5).pvalue)
     low, high = difference.bootstrap
@@ -95,8 +97,9 @@ def test_two_references_are_compared_once_and_shown_with_both():
         assert back.only_method == there.only_reference
         assert {there.verdict, back.verdict} in ({BETTER, WORSE}, {NONE_FOUND})
         assert [d.method for d in found.against("bone", test)] == ["lora", "bat"]
-        bat = found.between("bat", "bone", test)
-        assert bat.adjusted_p == bat.p  # alone in its family
+        pairs = [there, found.between("bat", "lora", test), found.between("bat", "bone", test)]
+        adjusted = holm({pair.method + pair.reference: pair.p for pair in pairs})  # one family
+        assert [pair.adjusted_p for pair in pairs] == list(adjusted.values())
     assert sum("`lora`" in s and "against `bone`" in s for s in found.summary) == 0
 
 
@@ -133,6 +136,47 @@ def test_a_run_that_diverged_decides_nothing_and_is_remarked():
     assert "not decided, as a run diverged: `bone`" in found.summary[1]
 
 
+def test_a_method_without_a_run_left_is_named_in_the_summary():
+    """One seed's divergence was told, that of all was not."""
+    made = Made({"lora": 0.0, "bone": 0.0, "bat": 0.0})
+    for seed in (1, 2, 3):
+        made.diverge("bone", seed)
+    found = analysed(made)
+    assert "`bone` diverged with every seed: compared with nothing." in found.summary
+    assert not any("Its means" in remark for remark in found.remarks)
+    made.rates.pop("bat")
+    made.counting["bat"] = {}
+    assert "`bat` diverged at every learning rate that was tried: compared with nothing." in analysed(made).summary
+
+
+def test_a_loss_on_plain_text_that_is_not_finite_is_a_run_that_diverged():
+    found = analysed(Made({"lora": 0.0, "bone": 0.2}, (1, 2, 3, 4)).change("bone", 4, text_loss=math.inf), seeds=(1, 2, 3, 4))
+    assert found.between("bone", "lora", "forgetting").verdict == BROKEN
+    assert found.method("bone").failures == {4: "its loss on plain text is not finite"}
+
+
+def test_the_items_of_seeds_are_the_same_items():
+    """Seeds that agree on every item are no more evidence on items than one of them."""
+    made = Made({"lora": 0.0, "bone": 0.05}, tests=["exact-match"])
+    for name in ("lora", "bone"):
+        first = made.counting[name][1].results["exact-match"]
+        for seed in (2, 3):
+            made.change(name, seed, results={"exact-match": first})
+    one = Made({"lora": 0.0, "bone": 0.05}, tests=["exact-match"])
+    for name in ("lora", "bone"):
+        one.counting[name] = {1: made.counting[name][1]}
+    difference, alone = (analysed(m).between("bone", "lora", "exact-match") for m in (made, one))
+    assert difference.mcnemar_p == alone.mcnemar_p
+    assert (difference.only_method, difference.only_reference) == (alone.only_method, alone.only_reference)
+
+
+def test_the_first_test_makes_the_headline_and_the_others_stand_beside_it():
+    made = Made({"lora": 0.0, "bone": 0.0}, (1, 2, 3, 4), noise=0.0001)  # alike in loss, and bone forgets more
+    found = analysed(made, seeds=(1, 2, 3, 4))
+    assert found.summary[0].startswith("No difference found in loss")
+    assert "Beside that, by tests each judged by itself: in forgetting, `bone` is worse than `lora`." in found.summary
+
+
 def test_a_score_that_is_not_finite_is_a_run_that_diverged():
     made = Made({"lora": 0.0, "bone": 0.2}, tests=["loss"])
     broken = replace(made.counting["bone"][1].results["loss"], score=math.nan)
@@ -154,7 +198,9 @@ def test_few_seeds_decide_nothing(seeds):
 def test_one_method_alone_is_compared_with_nothing():
     found = analysed(Made({"lora": 0.0}))
     assert found.differences == []
-    assert found.summary[0] == "There is nothing to compare: no two methods share a seed."
+    assert found.summary[0] == (
+        "There is nothing to compare: no two methods have a run with the same seed that came to a finite end."
+    )
 
 
 def test_no_run_at_all():

@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 import sys
@@ -9,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from bonetune.errors import InputError, RunError
-from bonetune.experiments.engines import engine
+from bonetune.experiments.compare import compare
+from bonetune.experiments.engines import _there, engine
 
 
 def answer(number, *, to=None):
@@ -82,8 +84,44 @@ def test_ray_is_an_extra(monkeypatch):
         pass
 
 
+def test_a_machine_without_the_folder_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _there(str(tmp_path), Path.cwd, (), {}) == tmp_path
+    with pytest.raises(InputError, match="has no /nowhere: share the folder, under the same path"):
+        _there("/nowhere", Path.cwd, (), {})
+
+
+@pytest.mark.slow
+def test_a_comparison_on_a_ray_cluster(tmp_path, monkeypatch, model_folder):
+    """With paths relative to where it was started, as in the examples."""
+    pytest.importorskip("ray", reason="an extra: pip install 'bonetune[ray]'")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{a} {b}", "completion": f" {a}"} for a in ("one", "two", "three", "four") for b in ("x", "y", "z")]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loss = {"tasks": ["loss"], "data": "rows.jsonl"}
+    settings = {
+        "output_dir": "out",
+        "train": {
+            "model_name_or_path": str(model_folder),
+            "dataset_name": "rows.jsonl",
+            "dataset_split": "train[:8]",
+            "max_steps": 2,
+        },
+        "methods": {"bone": {"r": 8, "learning_rates": [1e-3]}, "lora": {"learning_rates": [1e-3]}},
+        "seeds": [1],
+        "validation": loss | {"split": "train[8:10]"},
+        "tests": loss | {"split": "train[10:]"},
+        "engine": "ray",
+        "resources": {"num_cpus": 1},
+    }
+    result = compare(settings)
+    assert {method.name: method.seeds for method in result.analysis.methods} == {"bone": [1], "lora": [1]}
+    assert len(Path("out/curves.csv").read_text().splitlines()) == 1 + 2 * 2
+
+
 @pytest.mark.slow
 def test_jobs_on_a_ray_cluster(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="an extra: pip install 'bonetune[ray]'")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with engine(comparison(engine="ray", resources={"num_cpus": 1})) as make:
         made = dict(make([(answer, (n,), {"to": "x"}) for n in range(3)]))

@@ -1,6 +1,5 @@
 import csv
 import json
-import math
 import re
 
 import numpy as np
@@ -189,7 +188,7 @@ def logged(values, seconds=1.0):
 def test_a_band_is_the_mean_and_the_range_of_the_seeds_running_means():
     rng = np.random.default_rng(0)
     curves = [logged(rng.normal(size=40).tolist()) for _ in range(3)]
-    found = band(curves, "loss", "step")
+    found = band(dict(enumerate(curves)), "loss", "step")
     smooth = np.array([[v for _, v in running_mean([(x["step"], x["loss"]) for x in c], found.window)] for c in curves])
     assert found.window == 5
     assert found.mean == pytest.approx(smooth.mean(0))
@@ -199,22 +198,23 @@ def test_a_band_is_the_mean_and_the_range_of_the_seeds_running_means():
 
 def test_each_seed_has_its_own_clock():
     slow, fast = logged([3.0, 2.0, 1.0], seconds=2.0), logged([3.0, 2.0, 1.0], seconds=1.0)
-    found = band([slow, fast], "loss", "seconds")
+    found = band({1: slow, 2: fast}, "loss", "seconds")
     assert (found.places[0], found.places[-1]) == (2.0, 3.0)
     assert found.high == pytest.approx([3.0, 2.5])
     assert found.low == pytest.approx([2.0, 1.0])
 
 
-def test_a_curve_that_breaks_is_not_in_the_band():
-    found = band([logged([3.0, 2.0, 1.0]), logged([3.0, math.nan])], "loss", "step")
+def test_a_run_that_diverged_is_not_in_the_band_and_does_not_shorten_it():
+    """Training logs no step whose loss is not finite: its curve just ends."""
+    found = band({1: logged([3.0, 2.0, 1.0]), 2: logged([3.0])}, "loss", "step", diverged=[2])
     assert found.mean == [3.0, 2.0, 1.0]
     assert found.broken == [[(1.0, 3.0)]]
-    assert band([logged([math.inf])], "loss", "step").places == []
-    assert band([[], [{"step": 1}]], "loss", "step") is None
+    assert band({1: logged([3.0])}, "loss", "step", diverged=[1]).places == []
+    assert band({1: [], 2: [{"step": 1}]}, "loss", "step") is None
 
 
 def test_many_places_are_thinned_to_the_ends():
-    found = band([logged([1.0] * 5000)], "loss", "step")
+    found = band({1: logged([1.0] * 5000)}, "loss", "step")
     assert len(found.places) <= 240
     assert (found.places[0], found.places[-1]) == (1, 5000)
 

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 
 import bonetune
 from bonetune.errors import InputError, RunError
-from bonetune.experiments.compare import compare, make_runs, plan_comparison
+from bonetune.experiments.compare import _Sweep, compare, make_runs, plan_comparison
 from bonetune.experiments.folder import claimed
 from bonetune.experiments.matching import sized
 from bonetune.experiments.outcome import Outcome, Trial, read_outcome
 from bonetune.experiments.scaling import Update
 from bonetune.experiments.settings import METHODS, load_comparison
-from bonetune.experiments.trial import folder_of, run_trial
+from bonetune.experiments.trial import folder_of, known_outcome, run_trial
 from bonetune.models import load_model
 from bonetune.training import train
 
@@ -85,6 +85,13 @@ def test_a_grid_grows_until_its_best_rate_lies_inside(settings):
     settings["methods"] = {"bone": {"r": 8, "learning_rates": [1e-6, 2e-6]}}
     runs = make_runs(load_comparison(settings | {"most_rates": 5, "seeds": [1]}), make=here)
     assert sorted(runs.sweeps["bone"]) == pytest.approx([1e-6, 2e-6, 4e-6, 8e-6, 1.6e-5])
+
+
+@pytest.mark.parametrize(("best", "next_rate"), [(1e-5, 1e-6), (2e-4, 4e-4)])
+def test_a_grid_grows_by_the_factor_at_its_edge(best, next_rate):
+    rates = [1e-5, 1e-4, 2e-4]
+    outcomes = {rate: Outcome(Trial("bone", rate, 0), validation=0.0 if rate == best else 1.0) for rate in rates}
+    assert _Sweep(rates, outcomes, 6, fixed=False).grow() == [next_rate]
 
 
 class Killed(BaseException):
@@ -225,9 +232,74 @@ def test_a_folder_is_one_comparisons(settings):
         entered(load_comparison(settings, {"methods.bone.r": 4}), resume=True)
     # what is measured in the end may be put right until it was
     entered(load_comparison(settings, {"scales": [0, 1]}), resume=True)
+    # and a rate chosen otherwise
+    entered(load_comparison(settings, {"scales": [0, 1], "methods.lora.learning_rates": [2e-3], "most_rates": 5}), resume=True)
+    entered(load_comparison(settings, {"scales": [0, 1]}), resume=True)
     Outcome(Trial("bone", 1e-3, 1)).write(folder_of(comparison, Trial("bone", 1e-3, 1)))
+    with pytest.raises(InputError, match=r"methods\.lora .*learning_rates.*0\.002"):
+        entered(load_comparison(settings, {"scales": [0, 1], "methods.lora.learning_rates": [2e-3]}), resume=True)
+    with pytest.raises(InputError, match="most_rates"):
+        entered(load_comparison(settings, {"scales": [0, 1], "most_rates": 5}), resume=True)
     with pytest.raises(InputError, match=r"started with other settings: scales \(\(0.0, 1.0\), now \(0.0, 0.5, 1.0\)\)"):
         entered(comparison, resume=True)
+
+
+def test_overwriting_takes_the_old_report_away_at_once(settings):
+    comparison = load_comparison(settings)
+    entered(comparison)
+    names = ("report.html", "results.json", "results.md", "runs.csv", "curves.csv", "items.csv")
+    for name in names:
+        (Path(comparison.output_dir) / name).write_text("of the old one")
+    entered(comparison, overwrite=True)
+    assert not any((Path(comparison.output_dir) / name).exists() for name in names)
+
+
+@pytest.mark.parametrize("file", ["runs/bone-lr0.001-seed1/outcome.json", "data.json"])
+def test_a_damaged_file_is_named(settings, file):
+    comparison = load_comparison(settings)
+    entered(comparison)
+    Outcome(Trial("bone", 1e-3, 1)).write(folder_of(comparison, Trial("bone", 1e-3, 1)))
+    (Path(comparison.output_dir) / file).write_text("")
+    with pytest.raises(InputError, match=f"{Path(file).name} .*delete"):
+        entered(comparison, resume=True)
+
+
+def test_weights_that_a_killed_run_left_are_discarded(settings):
+    comparison, trial = load_comparison(settings), Trial("bone", 1e-3, 1)
+    run_trial(comparison, trial, 8, counts=True)
+    left = folder_of(comparison, trial) / "adapter_model.safetensors"
+    left.write_bytes(b"weights")
+    assert known_outcome(comparison, trial, 8, counts=True) is not None
+    assert not left.exists()
+
+
+def test_rows_that_are_trained_on_and_examined_are_remarked(settings):
+    planned = plan_comparison(load_comparison(settings))
+    assert planned.notes == []
+    validated = settings["validation"] | {"split": "train[30:48]"}
+    tested = settings["tests"] | {"split": "train[47:]"}
+    notes = plan_comparison(load_comparison(settings | {"validation": validated, "tests": tested})).notes
+    assert notes == [
+        "10 of the 18 rows of the validation are rows of the training data, too.",
+        "1 of the 17 rows of the test loss are rows of the validation, too.",
+    ]
+
+
+def test_settings_of_one_method_alone_are_remarked_and_its_data_are_watched(settings, rows):
+    (rows / "other.jsonl").write_text("".join((rows / "rows.jsonl").read_text().splitlines(keepends=True)[:9]))
+    own = {"methods.lora.dataset_name": str(rows / "other.jsonl"), "methods.lora.dataset_split": "train"}
+    planned = plan_comparison(load_comparison(settings, own))
+    assert any(note.startswith("`lora` is trained with settings of its own (dataset_name: ") for note in planned.notes)
+    assert planned.data["train of lora"] != planned.data["train"]
+    with pytest.raises(InputError, match=r"nowhere\.jsonl"):
+        plan_comparison(load_comparison(settings, {"methods.lora.dataset_name": "nowhere.jsonl"}))
+
+
+@pytest.mark.parametrize("method", ["lora", "bone"])
+def test_where_every_layer_has_a_rank_of_its_own_none_is_looked_for(method, settings):
+    settings["methods"] = {"dora": {"r": 2}, method: {"rank_pattern": {".*": 4}}}
+    found = sized(load_comparison(settings))[method]
+    assert found.trainable_parameters > 0
 
 
 def test_other_rows_or_weights_are_another_comparison(settings, rows):

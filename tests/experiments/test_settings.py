@@ -93,6 +93,12 @@ def test_overrides_reach_inside():
         ({"methods": {"bone": {"learning_rates": [2e-4, 1e-4]}}}, r"methods\.bone\.learning_rates should ascend"),
         ({"methods": {"bone": {"rate_of": "lora"}}}, r"methods\.bone\.rate_of: name another method"),
         ({"methods": {"a/b": {"variant": "bone"}}}, r"methods\.a/b: a name is of letters, digits"),
+        ({"methods": {"bone": {"learning_rates": []}}}, r"methods\.bone\.learning_rates: tuple should have at least 1 item"),
+        (
+            {"tests": [{"tasks": ["loss"], "name": "a/b"}, {"tasks": ["loss"], "name": "a-b"}]},
+            r"tests has 'loss \(a/b\)' and 'loss \(a-b\)', whose records would share a file",
+        ),
+        ({"tests": [{"tasks": ["loss"], "name": "a" * 300}]}, "too long for a file's name"),
         ({"seeds": [0, 1]}, "sweep_seed 0 is among the seeds"),
         ({"seeds": [1, 1]}, "names one twice"),
         ({"against": ["full"]}, "against names 'full', which is not among the methods bone, lora"),

@@ -74,12 +74,7 @@ def bootstrap(
     """
     value = np.asarray(values, float)
     weight = np.ones(len(value)) if weights is None else np.asarray(weights, float)
-    rng, ratios = np.random.default_rng(seed), []
-    for _ in range(0, resamples, 100):
-        drawn = rng.integers(len(value), size=(min(100, resamples), len(value)))
-        ratios.append(value[drawn].sum(1) / weight[drawn].sum(1))
-    low, high = np.quantile(np.concatenate(ratios), (0.025, 0.975))
-    return float(low), float(high)
+    return _middle(_ratios(value[None], weight[None], resamples, np.random.default_rng(seed))[0])
 
 
 def resampled(
@@ -87,47 +82,47 @@ def resampled(
 ) -> tuple[float, float]:
     """Percentile interval of 95% of a statistic that is no mean: of the numbers of items drawn with replacement."""
     rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(items, size=items)) for _ in range(resamples)]
+    return _middle(np.array([statistic(rng.integers(items, size=items)) for _ in range(resamples)]))
+
+
+def crossed_bootstrap(
+    values: np.ndarray, weights: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of 95% of the mean over groups of sum(values) / sum(weights): groups and items are both drawn.
+
+    All groups are of the same items, so one draw of items serves them all: an item that is hard in one is hard in the others.
+    It knows no more groups than there are, and is too narrow where few of them differ much.
+
+    Args:
+        values, weights: (groups, items), what each item adds and how much it counts. As many groups, and as many items, as
+            there are are drawn with replacement, apart from each other.
+        resamples: how often.
+        seed: of the draws.
+    """
+    rng, groups = np.random.default_rng(seed), len(values)
+    ratios = _ratios(values, weights, resamples, rng)
+    drawn = rng.integers(groups, size=(groups, resamples))
+    return _middle(np.take_along_axis(ratios, drawn, axis=0).mean(0))
+
+
+def _middle(values: np.ndarray) -> tuple[float, float]:
+    """Where 95% of the values lie."""
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
 
 
-def two_level_bootstrap(
-    groups: Sequence[tuple[np.ndarray, np.ndarray]], *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of 95% of the mean over groups of sum(values) / sum(weights): groups are drawn, then their items.
-
-    It knows no more groups than there are, and is too narrow where few of them differ much.
-
-    Args:
-        groups: values and weights of each group's items, (items,) each. As many groups as there are are drawn with
-            replacement, and of each drawn group as many items as it has, anew for each time that the group is drawn.
-        resamples: how often.
-        seed: of the draws.
-    """
-    rng = np.random.default_rng(seed)
-    total = np.zeros(resamples)
-    for _ in groups:
-        drawn = rng.integers(len(groups), size=resamples)
-        for number, (values, weights) in enumerate(groups):
-            here = drawn == number
-            total[here] += _ratios(values, weights, int(here.sum()), rng)
-    low, high = np.quantile(total / len(groups), (0.025, 0.975))
-    return float(low), float(high)
-
-
 def _ratios(values: np.ndarray, weights: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """(resamples,): sum(values) / sum(weights) of as many items as there are, drawn with replacement."""
-    count = len(values)
-    distinct, often = np.unique(np.stack([values, weights]), axis=1, return_counts=True)
+    """(groups, resamples): sum(values) / sum(weights) of each group, for as many items as there are, drawn with replacement."""
+    count = values.shape[1]
+    distinct, often = np.unique(np.concatenate([values, weights]), axis=1, return_counts=True)
     if len(often) <= _DISTINCT:
         sums = distinct @ rng.multinomial(count, often / count, size=resamples).T
-        return sums[0] / sums[1]
-    found = np.empty(resamples)
+        return sums[: len(values)] / sums[len(values) :]
+    found = np.empty((len(values), resamples))
     for start in range(0, resamples, 100):
-        part = found[start : start + 100]
-        drawn = rng.integers(count, size=(len(part), count))
-        part[:] = values[drawn].sum(1) / weights[drawn].sum(1)
+        part = found[:, start : start + 100]
+        drawn = rng.integers(count, size=(part.shape[1], count))
+        part[:] = values[:, drawn].sum(-1) / weights[:, drawn].sum(-1)
     return found
 
 

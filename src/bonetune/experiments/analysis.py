@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from bonetune.evaluation.result import TaskResult
-from bonetune.evaluation.statistics import holm, sign_test, t_interval, t_test, two_level_bootstrap
+from bonetune.evaluation.statistics import crossed_bootstrap, holm, sign_test, t_interval, t_test
 from bonetune.experiments.findings import (
     BETTER,
     BROKEN,
@@ -31,7 +31,7 @@ from bonetune.experiments.findings import (
     Test,
     Tried,
 )
-from bonetune.experiments.outcome import Outcome
+from bonetune.experiments.outcome import Outcome, finite
 from bonetune.experiments.sentences import remarks, summary
 
 LEVEL = 0.05
@@ -83,8 +83,10 @@ def _failure(outcome: Outcome) -> str | None:
     """Why a run does not count, if it does not."""
     if outcome.failure is not None:
         return outcome.failure
-    infinite = [name for name, result in outcome.results.items() if not math.isfinite(result.score)]
-    return f"its score in {infinite[0]} is not finite" if infinite else None
+    infinite = [f"score in {name}" for name, result in outcome.results.items() if not math.isfinite(result.score)]
+    if outcome.text_loss is not None and not math.isfinite(outcome.text_loss):
+        infinite.append("loss on plain text")
+    return f"its {infinite[0]} is not finite" if infinite else None
 
 
 def _method(
@@ -95,7 +97,7 @@ def _method(
     known = next((o for o in (*outcomes, *sweep.values(), *runs.values()) if o.trainable_parameters), None)
     tests = dict.fromkeys(test for outcome in outcomes for test in (*outcome.results, FORGETTING))
     scores = {test: Summary.of({s: v for s, o in done.items() if (v := _score(o, test)) is not None}) for test in tests}
-    tried = [Tried(r, _number(o.validation), o.failure) for r, o in sorted(sweep.items())]
+    tried = [Tried(r, finite(o.validation), o.failure) for r, o in sorted(sweep.items())]
     around = [one.learning_rate for one in tried]
     return MethodResult(
         name=name,
@@ -118,14 +120,9 @@ def _method(
     )
 
 
-def _number(value: float | None) -> float | None:
-    """A value, unless it is not finite, which JSON cannot hold."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _score(outcome: Outcome, test: str) -> float | None:
     if test == FORGETTING and test not in outcome.results:
-        return _number(outcome.forgetting)
+        return finite(outcome.forgetting)
     return outcome.results[test].score if test in outcome.results else None
 
 
@@ -133,7 +130,7 @@ def _kept(done: Mapping[int, Outcome]) -> list[Kept]:
     curve = []
     for scale in sorted({point.scale for outcome in done.values() for point in outcome.scaled}):
         here = {seed: (o, p) for seed, o in done.items() for p in o.scaled if p.scale == scale}
-        score = Summary.of({seed: p.score for seed, (_, p) in here.items() if math.isfinite(p.score)})
+        score = Summary.of({seed: value for seed, (_, p) in here.items() if (value := finite(p.score)) is not None})
         rises = {
             s: p.text_loss - o.base_text_loss
             for s, (o, p) in here.items()
@@ -149,7 +146,7 @@ def _tests(outcomes: Sequence[Outcome]) -> list[Test]:
     for outcome in outcomes:
         for name, result in outcome.results.items():
             found.setdefault(name, Test(name, result.protocol, result.higher_is_better, _kind(result), result.items))
-    if FORGETTING not in found and any(_number(outcome.forgetting) is not None for outcome in outcomes):
+    if FORGETTING not in found and any(finite(outcome.forgetting) is not None for outcome in outcomes):
         protocol = "forgetting: loss on held-out plain text less the base model's, in nats a token"
         found[FORGETTING] = Test(FORGETTING, protocol, higher_is_better=False, kind="rise")
     return list(found.values())
@@ -179,46 +176,42 @@ def _items(result: TaskResult) -> Items | None:
 def _differences(question: Question, test: Test, counting: Counting) -> list[Difference]:
     """To each reference, of every other method that shares a seed with it.
 
-    Two references are compared once, among the differences to the first of them; those to the second take that over.
+    All pairs by a test are one family of Holm's. Two references are compared once, among the differences to the first of them;
+    those to the second take that over.
     """
-    found: list[Difference] = []
-    for reference in dict.fromkeys(question.references):
-        mirrored = {d.reference: d for d in found if d.method == reference}
-        own = [
-            difference
-            for name in question.methods
-            if name != reference and name not in mirrored
-            if (difference := _difference(name, reference, test, counting)) is not None
-        ]
-        adjusted = holm({d.method: d.p for d in own if d.p is not None})
-        judged = {d.method: _judged(d, adjusted.get(d.method), test) for d in own}
-        judged |= {name: _mirrored(difference) for name, difference in mirrored.items()}
-        found += [judged[name] for name in question.methods if name in judged]
-    return found
+    references, own = list(dict.fromkeys(question.references)), {}
+    for place, reference in enumerate(references):
+        for name in question.methods:
+            if name not in references[: place + 1] and (found := _difference(name, reference, test, counting)) is not None:
+                own[name, reference] = found
+    adjusted = holm({pair: d.p for pair, d in own.items() if d.p is not None})
+    judged = {pair: _judged(d, adjusted.get(pair), test) for pair, d in own.items()}
+    judged |= {(b, a): _mirrored(judged[a, b]) for a, b in own if a in references}
+    return [judged[name, reference] for reference in references for name in question.methods if (name, reference) in judged]
 
 
 def _difference(method: str, reference: str, test: Test, counting: Counting) -> Difference | None:
     mine, others = _finite(counting.get(method, {})), _finite(counting.get(reference, {}))
-    by_seed, groups, answers = {}, [], []
+    by_seed: dict[int, float] = {}
+    pairs = []
     for seed in (seed for seed in mine if seed in others):
         a, b = _score(mine[seed], test.name), _score(others[seed], test.name)
         if a is None or b is None:
             continue
         by_seed[seed] = 0.0 if abs(a - b) <= _NOUGHT * max(abs(a), abs(b)) else a - b
-        pair = _paired(mine[seed].results.get(test.name), others[seed].results.get(test.name))
-        if pair is not None:
-            (values, weights), (other, _) = pair
-            groups.append((values - other, weights))
-            answers.append((values > 0, other > 0))
+        pairs.append((mine[seed].results.get(test.name), others[seed].results.get(test.name)))
     if not by_seed:
         return None
-    values, counts = list(by_seed.values()), len(groups) == len(by_seed)
+    values, items = list(by_seed.values()), _paired(pairs)
     broken = any(_finite(counting[name]).keys() != counting[name].keys() for name in (method, reference))
-    only_method = only_reference = mcnemar = None
-    if counts and test.kind == "share":
-        right, other = (np.concatenate(side) for side in zip(*answers, strict=True))
-        only_method, only_reference = int((right & ~other).sum()), int((other & ~right).sum())
-        mcnemar = sign_test(other.tolist(), right.tolist())
+    only_method = only_reference = mcnemar = bootstrap = None
+    if items is not None:
+        ours, theirs, weights = items
+        bootstrap = crossed_bootstrap(ours - theirs, weights) if len(values) > 1 else None
+        if test.kind == "share":
+            net = (ours > 0).sum(0) - (theirs > 0).sum(0)  # seeds by which an item speaks for the method
+            only_method, only_reference = int((net > 0).sum()), int((net < 0).sum())
+            mcnemar = sign_test((net < 0).tolist(), (net > 0).tolist())
     enough = len(values) >= FEWEST_SEEDS
     p = t_test(values) if enough and not broken else None
     return Difference(
@@ -228,7 +221,7 @@ def _difference(method: str, reference: str, test: Test, counting: Counting) -> 
         by_seed=by_seed,
         mean=statistics.fmean(values),
         interval=t_interval(values),
-        bootstrap=two_level_bootstrap(groups) if counts and len(groups) > 1 else None,
+        bootstrap=bootstrap,
         p=p,
         adjusted_p=None,
         only_method=only_method,
@@ -238,12 +231,22 @@ def _difference(method: str, reference: str, test: Test, counting: Counting) -> 
     )
 
 
-def _paired(mine: TaskResult | None, other: TaskResult | None) -> tuple[Items, Items] | None:
-    """The items of two results; None where they do not make the scores, or are not the same items."""
-    if mine is None or other is None or not _same_items(mine, other):
+def _paired(
+    pairs: Sequence[tuple[TaskResult | None, TaskResult | None]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """What each item adds to the scores of two methods, and how much it counts, (seeds, items) each.
+
+    None where the items do not make the scores, or are not the same items for both methods and all seeds.
+    """
+    results = [result for pair in pairs for result in pair]
+    first = results[0]
+    if first is None or any(result is None or not _same_items(result, first) for result in results):
         return None
-    a, b = _items(mine), _items(other)
-    return (a, b) if a is not None and b is not None and np.array_equal(a[1], b[1]) else None
+    found = [items for result in results if result is not None and (items := _items(result)) is not None]
+    if len(found) < len(results) or any(not np.array_equal(weights, found[0][1]) for _, weights in found):
+        return None
+    values, weights = (np.stack(part) for part in zip(*found, strict=True))
+    return values[::2], values[1::2], weights[::2]
 
 
 def _same_items(mine: TaskResult, other: TaskResult) -> bool:

@@ -13,9 +13,10 @@ from bonetune.experiments.findings import Analysis, Question
 from bonetune.experiments.folder import SETTINGS_FILE, check_folder, claimed
 from bonetune.experiments.matching import Sized, reference_of, sized
 from bonetune.experiments.outcome import Outcome, Trial, read_curve
+from bonetune.experiments.overlap import shared_rows
 from bonetune.experiments.page import REPORT_FILE
 from bonetune.experiments.report import write_report
-from bonetune.experiments.settings import Comparison, load_comparison
+from bonetune.experiments.settings import OF_THE_METHOD, Comparison, Examination, load_comparison
 from bonetune.experiments.tables import RESULTS_FILE
 from bonetune.experiments.trial import RUNS, folder_of, known_outcome, perform
 from bonetune.formats.checkpoint import fingerprint_of
@@ -53,11 +54,10 @@ class _Sweep:
         missing = [rate for rate in self.rates if rate not in self.outcomes]
         if missing or self.fixed or len(self.rates) >= self.most:
             return missing
-        factor = self.rates[1] / self.rates[0]
         if self.best in (self.rates[0], None):
-            self.rates.insert(0, float(f"{self.rates[0] / factor:.6g}"))
+            self.rates.insert(0, float(f"{self.rates[0] ** 2 / self.rates[1]:.6g}"))
         elif self.best == self.rates[-1]:
-            self.rates.append(float(f"{self.rates[-1] * factor:.6g}"))
+            self.rates.append(float(f"{self.rates[-1] ** 2 / self.rates[-2]:.6g}"))
         return [rate for rate in self.rates if rate not in self.outcomes]
 
     @property
@@ -116,10 +116,12 @@ class ComparisonPlan:
     Args:
         methods: with their sizes and first rates.
         data: fingerprints of the model, of the rows that are trained on, and of those of each examination.
+        notes: what is remarkable, a sentence each.
     """
 
     methods: list[MethodPlan]
     data: dict[str, str | None]
+    notes: list[str]
 
     @property
     def sizes(self) -> dict[str, Sized]:
@@ -137,18 +139,51 @@ def plan_comparison(comparison: Comparison) -> ComparisonPlan:
     for name, size in sizes.items():
         config = comparison.run(name, size.r, 1e-4, comparison.sweep_seed, Path(comparison.output_dir) / RUNS)
         methods.append(MethodPlan(size, comparison.grid(name, config), config.method_in_words))
-    first = next(iter(sizes))
-    planned = plan(comparison.run(first, sizes[first].r, 1e-4, comparison.sweep_seed, Path(comparison.output_dir) / "plan"))
-    run = TrainedWith(
-        planned.config.model_dump(mode="json"), planned.row_format.kind, planned.row_format.fields, planned.opened
-    )
-    data = {"model": fingerprint_of(planned.config.model_name_or_path, fetch=True), "train": planned.train.fingerprint()}
-    examinations = [comparison.validation, *comparison.tests, *([comparison.text] if comparison.text else [])]
-    for place, examination in enumerate(examinations):
-        prepared = prepare(examination.tasks, task_type=planned.config.task_type, run=run, **examination.arguments())
-        for task, one in prepared.items():
-            data["validation" if not place else examination.called(task)] = digest(one.identity)
-    return ComparisonPlan(methods, data)
+    data: dict[str, str | None] = {}
+    for name, others in _own_settings(comparison).items():
+        if data and not others:
+            continue
+        planned = plan(comparison.run(name, sizes[name].r, 1e-4, comparison.sweep_seed, Path(comparison.output_dir) / "plan"))
+        whose = f" of {name}" if others else ""
+        data[f"model{whose}"] = fingerprint_of(planned.config.model_name_or_path, fetch=True)
+        data[f"train{whose}"] = planned.train.fingerprint()
+        run = TrainedWith(
+            planned.config.model_dump(mode="json"), planned.row_format.kind, planned.row_format.fields, planned.opened
+        )
+        for place, examination in enumerate(_examinations(comparison)):
+            prepared = prepare(examination.tasks, task_type=planned.config.task_type, run=run, **examination.arguments())
+            for task, one in prepared.items():
+                data[f"{examination.called(task) if place else 'validation'}{whose}"] = digest(one.identity)
+    return ComparisonPlan(methods, data, [*_unlike(comparison), *shared_rows(comparison, _usual_run(comparison, sizes))])
+
+
+def _examinations(comparison: Comparison) -> list[Examination]:
+    """The validation, the tests, and the plain text."""
+    return [comparison.validation, *comparison.tests, *([comparison.text] if comparison.text else [])]
+
+
+def _own_settings(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """By method, the settings of its own that say how or on what it trains, not what; methods without any come first."""
+    own = {
+        name: {key: value for key, value in method.settings.items() if key not in OF_THE_METHOD}
+        for name, method in comparison.methods.items()
+    }
+    return dict(sorted(own.items(), key=lambda pair: bool(pair[1])))
+
+
+def _usual_run(comparison: Comparison, sizes: dict[str, Sized]) -> RunConfig:
+    """A run of the first method that has no settings of its own, or, if each has some, of the first."""
+    name = next(iter(_own_settings(comparison)))
+    return comparison.run(name, sizes[name].r, 1e-4, comparison.sweep_seed, Path())
+
+
+def _unlike(comparison: Comparison) -> list[str]:
+    return [
+        f"`{name}` is trained with settings of its own ({', '.join(f'{key}: {value}' for key, value in own.items())}): what "
+        "it shows may be theirs."
+        for name, own in _own_settings(comparison).items()
+        if own
+    ]
 
 
 def make_runs(
@@ -284,22 +319,22 @@ def compare(
         (_, planned), *_ = make([(plan_comparison, (comparison,), {})])  # the model is loaded elsewhere, and is gone then
         with claimed(comparison, planned.data, resume=resume, overwrite=overwrite):
             runs = make_runs(comparison, make=make, on_run=on_run, sizes=planned.sizes)
-            analysis = _reported(runs)
+            analysis = _reported(runs, planned.notes)
     folder = Path(comparison.output_dir)
     return ComparisonResult(analysis, folder / REPORT_FILE, folder / RESULTS_FILE)
 
 
-def _reported(runs: Runs) -> Analysis:
+def _reported(runs: Runs, notes: Sequence[str]) -> Analysis:
     """Write the report; what it says is returned."""
     curves = {
         name: {seed: read_curve(folder_of(runs.comparison, outcome.trial)) for seed, outcome in made.items()}
         for name, made in runs.counting.items()
     }
     folder = Path(runs.comparison.output_dir)
-    return write_report(folder, _question(runs), runs.sweeps, runs.rates, runs.counting, curves)
+    return write_report(folder, _question(runs, notes), runs.sweeps, runs.rates, runs.counting, curves)
 
 
-def _question(runs: Runs) -> Question:
+def _question(runs: Runs, notes: Sequence[str]) -> Question:
     comparison = runs.comparison
     configs = {
         name: comparison.run(name, size.r, runs.rates.get(name, 1e-4), comparison.sweep_seed, Path())
@@ -314,22 +349,33 @@ def _question(runs: Runs) -> Question:
         matched_to=runs.reference,
         rate_of={name: method.rate_of for name, method in comparison.methods.items() if method.rate_of is not None},
         description=comparison.description,
-        facts=_facts(comparison, next(iter(configs.values()))),
+        facts=_facts(runs, _usual_run(comparison, runs.sizes)),
         settings=comparison.to_yaml(),
-        command=f"bonetune compare {SETTINGS_FILE}",
+        command=f"bonetune compare {comparison.output_dir}/{SETTINGS_FILE} output_dir={comparison.output_dir}-again",
+        notes=notes,
     )
 
 
-def _facts(comparison: Comparison, config: RunConfig) -> list[tuple[str, str]]:
+def _facts(runs: Runs, config: RunConfig) -> list[tuple[str, str]]:
     """What a reader wants to know before the numbers: model, data, length of a run, tests."""
+    comparison = runs.comparison
     epochs = f"{config.num_train_epochs:g} epoch{'s' * (config.num_train_epochs != 1)}"
     length = f"{config.max_steps} steps" if config.max_steps is not None else epochs
     examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
     names = (config.dataset_name,) if isinstance(config.dataset_name, str) else config.dataset_name
-    return [
+    validation = comparison.validation
+    facts = [
         ("model", Path(config.model_name_or_path).name),
-        ("trained on", ", ".join(names)),
+        ("trained on", f"{', '.join(names)}, {config.dataset_split}"),
         ("a run", f"{length} of {examples} examples a device, in {config.dtype}"),
-        ("rates chosen by", f"{comparison.validation.tasks[0]} on {comparison.validation.data or 'its own data'}"),
-        ("tests", ", ".join(test.called(task) for test in comparison.tests for task in test.tasks)),
     ]
+    if any(len(outcomes) > 1 for outcomes in runs.sweeps.values()):
+        facts.append(("rates chosen by", f"{validation.tasks[0]} on {_rows_of(validation)}"))
+    tests = [f"{test.called(task)} on {_rows_of(test)}" for test in comparison.tests for task in test.tasks]
+    return [*facts, ("tests", "; ".join(tests))]
+
+
+def _rows_of(examination: Examination) -> str:
+    parts = (examination.data or "the protocol's own rows", examination.split)
+    first = f"the first {examination.limit}" if examination.limit is not None else None
+    return ", ".join(part for part in (*parts, first) if part)

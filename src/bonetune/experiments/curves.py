@@ -1,9 +1,7 @@
 """Training curves of several seeds as one: their mean and their range against steps, tokens or seconds."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +23,7 @@ class Band:
         places: steps, tokens or seconds, ascending.
         mean, low, high: over the seeds at each place, of their running means.
         window: how many values a running mean is taken over.
-        broken: of each curve that does not stay finite, its running mean up to there, as (place, value).
+        broken: the running mean of each run that diverged, as (place, value).
     """
 
     places: list[float]
@@ -36,37 +34,37 @@ class Band:
     broken: list[list[tuple[float, float]]]
 
 
-def band(curves: Sequence[Curve], name: str, clock: Clock) -> Band | None:
+def band(curves: Mapping[int, Curve], name: str, clock: Clock, diverged: Collection[int] = ()) -> Band | None:
     """The band of a number that training logs.
 
     A seed's curve is joined by lines on its own clock and read at common places, as far as every seed has got.
 
     Args:
-        curves: the logged lines of each seed, by ascending step.
+        curves: the logged lines of each seed, by ascending step; a step whose loss is not finite is not logged.
         name: of the number, such as `loss`.
         clock: what it is drawn against; lines without it are left out.
+        diverged: seeds whose curves stand beside the band, for their runs came to no finite end.
 
     Returns:
         None if no curve has a value.
     """
-    told = [
-        [(line[clock], line[name]) for line in c if is_number(line.get(name)) and is_number(line.get(clock))] for c in curves
-    ]
-    told = [points for points in told if points]
+    told = {
+        seed: [(float(line[clock]), float(line[name])) for line in c if all(is_number(line.get(n)) for n in (clock, name))]
+        for seed, c in curves.items()
+    }
+    told = {seed: points for seed, points in told.items() if points}
     if not told:
         return None
-    window = mean_window(max(map(len, told)))
-    whole, broken = [], []
-    for points in told:
-        finite = list(takewhile(lambda point: math.isfinite(point[1]), points))
-        smooth = running_mean([(float(x), float(y)) for x, y in finite], window) if finite else []
-        (whole if len(finite) == len(points) else broken).append(smooth)
+    window = mean_window(max(map(len, told.values())))
+    smooth = {seed: running_mean(points, window) for seed, points in told.items()}
+    whole = [points for seed, points in smooth.items() if seed not in diverged]
+    broken = [points for seed, points in smooth.items() if seed in diverged]
     places = _places(whole)
     values = np.array([np.interp(places, [x for x, _ in points], [y for _, y in points]) for points in whole if len(places)])
     if not len(values):
-        return Band([], [], [], [], window, [points for points in broken if points])
+        return Band([], [], [], [], window, broken)
     mean, low, high = (of(values, axis=0).tolist() for of in (np.mean, np.min, np.max))
-    return Band(places, mean, low, high, window, [points for points in broken if points])
+    return Band(places, mean, low, high, window, broken)
 
 
 def _places(curves: Sequence[Sequence[tuple[float, float]]]) -> list[float]:

@@ -1,8 +1,9 @@
 """What the report draws: curves of the training, learning against forgetting, learning rates, and differences as intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from bonetune.experiments.curves import Band, Clock, Curve, band
 from bonetune.experiments.figures import (
@@ -80,12 +81,18 @@ def forest(rows: Sequence[Difference], test: Test) -> Forest:
 def figures(found: Analysis, curves: Mapping[str, Mapping[int, Curve]]) -> dict[str, list[Figure]]:
     """The report's figures by section; those that there is nothing for are left out."""
     colours = {method.name: number for number, method in enumerate(found.methods)}
+    diverged = {method.name: method.failures for method in found.methods}
+    drawn: tuple[tuple[str, Clock, str, str, dict[str, Any]], ...] = (
+        ("loss", "step", "Training loss, nats a token", "optimizer step", {"wide": True}),
+        ("loss", "step", "The same, the last half of the steps", "optimizer step", {"part": 0.5}),
+        ("loss", "tokens", "Against tokens trained on", "tokens", {}),
+        ("loss", "seconds", "Against time", "seconds of training", {}),
+        ("grad_norm", "step", "Gradient norm", "optimizer step", {}),
+        ("grad_norm", "tokens", "Gradient norm against tokens", "tokens", {}),
+        ("grad_norm", "seconds", "Gradient norm against time", "seconds of training", {}),
+    )
     training = [
-        _training(curves, colours, "loss", "step", "Training loss, nats a token", "optimizer step", wide=True),
-        _training(curves, colours, "loss", "step", "The same, the last half of the steps", "optimizer step", part=0.5),
-        _training(curves, colours, "loss", "tokens", "Against tokens trained on", "tokens"),
-        _training(curves, colours, "loss", "seconds", "Against time", "seconds of training"),
-        _training(curves, colours, "grad_norm", "step", "Gradient norm", "optimizer step"),
+        _training(curves, colours, diverged, name, clock, title, along, **how) for name, clock, title, along, how in drawn
     ]
     return {
         "training": [figure for figure in training if figure is not None],
@@ -97,6 +104,7 @@ def figures(found: Analysis, curves: Mapping[str, Mapping[int, Curve]]) -> dict[
 def _training(
     curves: Mapping[str, Mapping[int, Curve]],
     colours: Mapping[str, int],
+    diverged: Mapping[str, Collection[int]],
     name: str,
     clock: Clock,
     title: str,
@@ -105,7 +113,7 @@ def _training(
     part: float = 0.0,
     wide: bool = False,
 ) -> Figure | None:
-    bands = {method: band(list(runs.values()), name, clock) for method, runs in curves.items() if method in colours}
+    bands = {m: band(runs, name, clock, diverged.get(m, ())) for m, runs in curves.items() if m in colours}
     shown = {method: _cut(one, part) for method, one in bands.items() if one is not None}
     shown = {method: one for method, one in shown.items() if one.places or (one.broken and not part)}
     values = [v for one in shown.values() for v in (*one.low, *one.high, *(v for run in one.broken for _, v in run))]

@@ -76,6 +76,15 @@ def _begin() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _there(folder: str, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Call a function on one of Ray's machines, from the folder that relative paths are meant from."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise InputError(f"A machine of the Ray cluster has no {folder}: share the folder, under the same path.") from error
+    return function(*arguments, **keywords)
+
+
 @contextmanager
 def _ray(comparison: Comparison) -> Iterator[Engine]:
     try:
@@ -100,7 +109,7 @@ def _ray(comparison: Comparison) -> Iterator[Engine]:
         while waiting or running:
             while waiting and len(running) < comparison.parallel:
                 number, (function, arguments, keywords) = waiting.pop(0)
-                running[ray.remote(**options)(function).remote(*arguments, **keywords)] = number
+                running[ray.remote(**options)(_there).remote(os.getcwd(), function, arguments, keywords)] = number
             (done,), _ = ray.wait(list(running))
             try:
                 result = ray.get(done)

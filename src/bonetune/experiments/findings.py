@@ -31,6 +31,7 @@ class Question:
         facts: settings to show, as name and value.
         settings: all of them, as comparison.yaml has them.
         command: what makes the comparison again.
+        notes: what was remarkable before the first run, a sentence each.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Question:
     facts: Sequence[tuple[str, str]] = ()
     settings: str = ""
     command: str = ""
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,10 @@ class Difference:
         by_seed: the difference of each seed.
         mean: over the seeds, each counting alike.
         interval: Student's, of 95%, over the seeds: the one to rely on.
-        bootstrap: seeds, then items, drawn with replacement; None where the items do not make the score, or for one seed.
+        bootstrap: seeds and items drawn with replacement; None where the items do not make the score, or for one seed.
         p: of the paired t-test over seeds; None where nothing is decided.
-        adjusted_p: by Holm's rule over the methods compared with this reference by this test.
-        only_method, only_reference: items that one alone got right, over all seeds; None where the score is no share.
+        adjusted_p: by Holm's rule over all pairs compared by this test.
+        only_method, only_reference: items that one got right with more seeds than the other; None where the score is no share.
         mcnemar_p: of those two counts: whether these models differ, not whether the methods do.
         verdict: by the adjusted p at 5%, with three seeds at least, no run of either that diverged, and differences that are
             not all the same (but 0): else why nothing is decided.

@@ -5,10 +5,13 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from bonetune.errors import InputError, RunError
-from bonetune.experiments.outcome import OUTCOME_FILE
-from bonetune.experiments.settings import Comparison, load_comparison
+from bonetune.experiments.outcome import OUTCOME_FILE, read_outcome
+from bonetune.experiments.page import REPORT_FILE
+from bonetune.experiments.settings import Comparison, Method, load_comparison
+from bonetune.experiments.tables import TABLE_FILES
 from bonetune.experiments.trial import RUNS
 from bonetune.files import usable_folder, write_json, write_text
 
@@ -20,7 +23,6 @@ _MAY_CHANGE = {
     "methods",
     "against",
     "seeds",
-    "most_rates",
     "keep_weights",
     "engine",
     "parallel",
@@ -28,8 +30,9 @@ _MAY_CHANGE = {
 }
 
 
-# And these besides, until a run that counts is done: nothing depends on them yet.
-_OF_TESTS = {"tests", "text", "scales"}
+# And these besides, until a run that counts is done: nothing depends on them yet. Nor may rates be chosen anew after that,
+# by those who have seen the tests.
+_UNTIL_COUNTED = {"tests", "text", "scales", "most_rates"}
 
 
 @contextlib.contextmanager
@@ -57,6 +60,8 @@ def claimed(comparison: Comparison, data: Mapping[str, str | None], *, resume: b
             raise RunError(f"Another process is making the runs in {folder}: wait for it, or end it.") from error
         if overwrite:
             shutil.rmtree(folder / RUNS, ignore_errors=True)
+            for name in (REPORT_FILE, *TABLE_FILES):  # of the comparison that was
+                (folder / name).unlink(missing_ok=True)
         elif (folder / DATA_FILE).is_file():
             _check_data(folder, data, counted=_has_counted(folder, comparison.sweep_seed))
         write_json(folder / DATA_FILE, data)
@@ -79,12 +84,16 @@ def check_folder(comparison: Comparison, *, resume: bool, overwrite: bool) -> No
 
 def _has_counted(folder: Path, sweep_seed: int) -> bool:
     """Whether a run that counts is done."""
-    found = (json.loads(file.read_text(encoding="utf-8")) for file in (folder / RUNS).glob(f"*/{OUTCOME_FILE}"))
-    return any(outcome["trial"]["seed"] != sweep_seed for outcome in found)
+    found = (read_outcome(file.parent) for file in (folder / RUNS).glob(f"*/{OUTCOME_FILE}"))
+    return any(outcome is not None and outcome.trial.seed != sweep_seed for outcome in found)
 
 
 def _check_data(folder: Path, data: Mapping[str, str | None], *, counted: bool) -> None:
-    before = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
+    file = folder / DATA_FILE
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} cannot be read ({error}): delete it if the data are what they were.") from error
     always = ("model", "train", "validation")
     changed = [name for name in data if name in before and before[name] != data[name] and (counted or name in always)]
     if changed:
@@ -95,7 +104,8 @@ def _check_data(folder: Path, data: Mapping[str, str | None], *, counted: bool) 
 
 
 def _check_same(before: Comparison, now: Comparison, file: Path) -> None:
-    free = _MAY_CHANGE | (set() if _has_counted(file.parent, before.sweep_seed) else _OF_TESTS)
+    counted = _has_counted(file.parent, before.sweep_seed)
+    free = _MAY_CHANGE | (set() if counted else _UNTIL_COUNTED)
     changed = [
         f"{name} ({value!r:.80}, now {getattr(now, name)!r:.80})"
         for name in Comparison.model_fields
@@ -103,10 +113,14 @@ def _check_same(before: Comparison, now: Comparison, file: Path) -> None:
     ]
     for name, method in now.methods.items():
         earlier = before.methods.get(name)
-        if earlier is not None and earlier.settings != method.settings:
-            changed.append(f"methods.{name} ({earlier.settings!r:.80}, now {method.settings!r:.80})")
+        if earlier is not None and (earlier != method if counted else earlier.settings != method.settings):
+            changed.append(f"methods.{name} ({_said(earlier)!r:.80}, now {_said(method)!r:.80})")
     if changed:
         raise InputError(
             f"The comparison in {file.parent} was started with other settings: {'; '.join(changed)}. Choose another "
             "output_dir, or pass --overwrite."
         )
+
+
+def _said(method: Method) -> dict[str, Any]:
+    return method.model_dump(exclude_none=True)

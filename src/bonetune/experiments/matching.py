@@ -126,11 +126,15 @@ class _Counting:
             return min((r for r in range(1, largest + 1) if not largest % r), key=lambda r: abs(self.of(name, r) - target))
         if config.baseline is not None:
             one, two = self.of(name, 1), self.of(name, 2)
+            if one == two:
+                return self.config(name, None).r  # each layer has a rank of its own
             ideal = 1 + (target - one) / (two - one)  # a count is a + b r
             return min(sorted({max(1, math.floor(ideal)), max(1, math.ceil(ideal))}), key=lambda r: abs(r - ideal))
         model = self.adapted(config)
         layers = [layer for layer in model.modules() if isinstance(layer, BoneLayer)]
         own = [layer for layer in layers if layer.bone_spec[_ADAPTER].r == 1]  # the others have one by rank_pattern
+        if not own:
+            return self.config(name, None).r
         rest = _trainable(model) - sum(math.prod(layer.tensor_shape(config.spec)) for layer in own)
         counts = {}
         for r in range(1, 1 + max(layer.in_features for layer in own)):

@@ -1,6 +1,7 @@
 """A run of a comparison, and what came of it: one file a run, which is there once the run is done."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from bonetune.training.folder import METRICS_FILE
 from bonetune.training.report import read_metrics
 
 OUTCOME_FILE, ITEMS_FOLDER = "outcome.json", "items"
+
+
+def finite(value: float | None) -> float | None:
+    """A value, unless it is not finite, which JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,12 @@ class Scaled:
 
     Args:
         scale: 0 is the base model, 1 the trained one.
-        score: of the comparison's first test.
-        text_loss: on held-out plain text, in nats a token; None where the comparison has no such text.
+        score: of the comparison's first test; None: it is not finite.
+        text_loss: on held-out plain text, in nats a token; None where it is not, or the comparison has no such text.
     """
 
     scale: float
-    score: float
+    score: float | None
     text_loss: float | None
 
 

@@ -41,10 +41,10 @@ _UNDECIDED = {
 _AMOUNTS = 3
 RULE = (
     "A method is called better or worse than a reference if a paired t-test over the seeds tells them apart at 5%, after "
-    "Holm's correction for all methods compared with that reference by that test. It takes three seeds at least, no run of "
-    "either that diverged, and a spread: where every seed differs by the same, and not by 0, there is no spread to judge by. "
-    "Everything else is no difference found, which is not the same as being equal: the interval says how large a difference "
-    "may have gone unseen."
+    "Holm's correction for all comparisons by that test. It takes three seeds at least, no run of either that diverged, and a "
+    "spread: where every seed differs by the same, and not by 0, there is no spread to judge by. The first test decides; the "
+    "others are each judged at 5% of their own, so that of many of them one may differ by chance. Everything else is no "
+    "difference found, which is not the same as being equal: the interval says how large a difference may have gone unseen."
 )
 _PAIRING = (
     "Each difference is the method minus the reference, on the same test items with the same seed: the mean over the seeds "
@@ -53,9 +53,9 @@ _PAIRING = (
     "that comparison is shown with both."
 )
 _OTHERS = (
-    "The bootstrap draws seeds, then their items. It knows no more seeds than there are and is too narrow where seeds differ. "
-    "McNemar's exact test pools the items and takes the trained models as given: it says whether these models differ, not "
-    "whether the methods do."
+    "The bootstrap draws seeds and items, one draw of items for all seeds. It knows no more seeds than there are and is too "
+    "narrow where seeds differ. McNemar's exact test counts an item for the method that got it right with more seeds, and "
+    "takes the trained models as given: it says whether these models differ on items such as these, not whether the methods do."
 )
 _NOT_COVERED = (
     "No interval covers the choice of the learning rate, made on one seed, and none is widened for the number of comparisons. "
@@ -69,8 +69,8 @@ def summary(found: Analysis) -> list[str]:
     """What the runs show, the most important first."""
     if not found.tests or not any(method.seeds for method in found.methods):
         return ["No run that counts has come to a finite end: there is nothing to say yet."]
-    told = [_headline(found)]
-    told += [_against(found, test, reference) for test in found.tests for reference in _references(found)]
+    first, *others = ([_against(found, test, reference) for reference in _references(found)] for test in found.tests)
+    told = [_headline(found), *_fallen(found), *first, _beside(found), *(sentence for told in others for sentence in told)]
     told += [_scores(found), _costs(found), _forgetting(found), _limits(found)]
     return [sentence for sentence in told if sentence]
 
@@ -87,23 +87,41 @@ def _pairs(found: Analysis, test: Test, reference: str) -> list[Difference]:
 
 
 def _headline(found: Analysis) -> str:
-    by_test = {test.name: {name: _pairs(found, test, name) for name in _references(found)} for test in found.tests}
-    pairs = [difference for of_test in by_test.values() for own in of_test.values() for difference in own]
+    """What the first test says."""
+    test = found.tests[0]
+    of_test = {name: _pairs(found, test, name) for name in _references(found)}
+    pairs = [difference for own in of_test.values() for difference in own]
     if not pairs:
-        return "There is nothing to compare: no two methods share a seed."
+        return "There is nothing to compare: no two methods have a run with the same seed that came to a finite end."
     decided = [d for d in pairs if d.verdict not in _UNDECIDED]
     left = len(pairs) - len(decided)
     if not decided:
         return f"Nothing is decided: {_undecided(pairs)}."
     rest = f" {left} more {'is' if left == 1 else 'are'} not decided." if left else ""
-    told = [sentence for test, of_test in by_test.items() if (sentence := _told_apart(test, of_test))]
-    if not told:
-        names = listed([quoted(name) for name in _references(found) if any(of_test[name] for of_test in by_test.values())])
+    if not (told := _told_apart(of_test)):
+        names = listed([quoted(name) for name, own in of_test.items() if own])
         where = "in the one comparison" if len(decided) == 1 else f"in any of {len(decided)} comparisons"
-        return f"No difference found, {where} with {names}: no more than chance between seeds allows for.{rest}"
+        return f"No difference found in {test.name}, {where} with {names}: no more than chance between seeds allows for.{rest}"
     none = sum(d.verdict == NONE_FOUND for d in decided)
     others = f" In {none} of {len(decided)} comparisons, no difference is found." if none else ""
-    return f"{' '.join(told)}{others}{rest}"
+    return f"In {test.name}, {told}.{others}{rest}"
+
+
+def _beside(found: Analysis) -> str:
+    """What the other tests tell apart."""
+    told = {
+        test.name: _told_apart({name: _pairs(found, test, name) for name in _references(found)}) for test in found.tests[1:]
+    }
+    parts = [f"in {name}, {words}" for name, words in told.items() if words]
+    return f"Beside that, by tests each judged by itself: {'; '.join(parts)}." if parts else ""
+
+
+def _fallen(found: Analysis) -> list[str]:
+    """Methods of which no run that counts is left, and which no comparison can name."""
+    rateless = [quoted(m.name) for m in found.methods if m.learning_rate is None and not m.seeds]
+    broken = [quoted(m.name) for m in found.methods if m.learning_rate is not None and m.failures and not m.seeds]
+    words = ((broken, "diverged with every seed"), (rateless, "diverged at every learning rate that was tried"))
+    return [f"{listed(names)} {why}: compared with nothing." for names, why in words if names]
 
 
 def _undecided(pairs: Sequence[Difference]) -> str:
@@ -124,8 +142,8 @@ def _undecided(pairs: Sequence[Difference]) -> str:
     return "; ".join(f"in {count} comparison{'s' * (count != 1)}, {why}" for count, why in told)
 
 
-def _told_apart(test: str, of_test: Mapping[str, Sequence[Difference]]) -> str:
-    """Which methods are better or worse by a test; none: empty."""
+def _told_apart(of_test: Mapping[str, Sequence[Difference]]) -> str:
+    """Which methods are better or worse; none: empty."""
     parts = []
     for reference, pairs in of_test.items():
         for verdict in (BETTER, WORSE):
@@ -133,7 +151,7 @@ def _told_apart(test: str, of_test: Mapping[str, Sequence[Difference]]) -> str:
             if names:
                 who = listed(names) if len(names) <= _NAMED else f"{len(names)} methods"
                 parts.append(f"{who} {'is' if len(names) == 1 else 'are'} {verdict} than {quoted(reference)}")
-    return f"In {test}, {listed(parts)}." if parts else ""
+    return listed(parts) if parts else ""
 
 
 def _against(found: Analysis, test: Test, reference: str) -> str:
@@ -233,7 +251,8 @@ def _limits(found: Analysis) -> str:
 
 def remarks(found: Analysis, unlike: Mapping[str, Sequence[int]]) -> list[str]:
     """What is missing or unusual. `unlike`: seeds with which methods were examined on different items, by test."""
-    told = [sentence for method in found.methods for sentence in (*_sweep(found, method), *_missing(found, method))]
+    told = [*found.question.notes]
+    told += [sentence for method in found.methods for sentence in (*_sweep(found, method), *_missing(found, method))]
     told += _unmatched(found)
     for test, seeds in unlike.items():
         which = listed([str(seed) for seed in sorted(seeds)])
@@ -278,7 +297,7 @@ def _sweep(found: Analysis, method: MethodResult) -> list[str]:
 def _missing(found: Analysis, method: MethodResult) -> list[str]:
     name = quoted(method.name)
     told = [
-        f"{name} diverged with seed {seed}: {_ended(why)} Its means are of the other seeds."
+        f"{name} diverged with seed {seed}: {_ended(why)}{' Its means are of the other seeds.' if method.seeds else ''}"
         for seed, why in method.failures.items()
     ]
     absent = [str(seed) for seed in found.question.seeds if seed not in method.seeds and seed not in method.failures]

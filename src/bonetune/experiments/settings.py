@@ -10,9 +10,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from bonetune.errors import InputError
+from bonetune.evaluation.ledger import file_name
 from bonetune.spec import VARIANTS
 from bonetune.training.config import RunConfig, make_config, parse_overrides, read_settings
 from bonetune.training.learning_rate import default_learning_rate
+from bonetune.training.settings import AdapterSettings
 
 # Peak rates that a sweep of a baseline begins with. The grid grows from there; see `Comparison.most_rates`.
 BASELINE_RATES: dict[str, tuple[float, ...]] = {
@@ -30,6 +32,10 @@ BASELINE_RATES: dict[str, tuple[float, ...]] = {
 }
 METHODS = (*VARIANTS, *BASELINE_RATES)
 _NAME = re.compile(r"[\w+-][\w.+-]*")
+# Settings of a run that say what is trained; all others say how, or on what.
+OF_THE_METHOD = {*AdapterSettings.model_fields, "baseline", "baseline_kwargs", "train_parts"}
+# Bytes of a test's name, which a file bears.
+_LONGEST_NAME = 200
 # Settings of a run that a comparison decides itself.
 _DECIDED = ("output_dir", "learning_rate", "seed", "report_to", "run_name")
 
@@ -67,7 +73,9 @@ class Method(BaseModel, frozen=True, extra="allow"):
     """
 
     learning_rates: tuple[PositiveFloat, ...] | None = Field(
-        default=None, description="the first grid, ascending; None: around the method's default. One alone is not swept"
+        default=None,
+        min_length=1,
+        description="the first grid, ascending; None: around the method's default. One alone is not swept",
     )
     rate_of: str | None = Field(default=None, description="takes over the rate chosen for this other method")
 
@@ -152,6 +160,11 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
         called = [test.called(task) for test in self.tests for task in test.tasks]
         if twice := [name for number, name in enumerate(called) if name in called[:number]]:
             raise ValueError(f"tests has {twice[0]!r} twice: give each its name")
+        files = [file_name(name) for name in called]
+        if twice := [name for name, file in zip(called, files, strict=True) if files.count(file) > 1]:
+            raise ValueError(f"tests has {' and '.join(map(repr, twice))}, whose records would share a file: rename one")
+        if long := [name for name, file in zip(called, files, strict=True) if len(file.encode()) > _LONGEST_NAME]:
+            raise ValueError(f"tests has {long[0]!r:.60}..., too long for a file's name: give it a shorter one")
         if self.text is not None and self.text.tasks != ("forgetting",):
             raise ValueError("text.tasks: it is forgetting alone: leave it out")
         return self

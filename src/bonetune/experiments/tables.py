@@ -25,6 +25,7 @@ from bonetune.files import write_text
 
 RESULTS_FILE, RUNS_FILE, CURVES_FILE, ITEMS_FILE = "results.json", "runs.csv", "curves.csv", "items.csv"
 MARKDOWN_FILE = "results.md"
+TABLE_FILES = (RESULTS_FILE, RUNS_FILE, CURVES_FILE, ITEMS_FILE, MARKDOWN_FILE)
 _CURVE = ("step", "tokens", "seconds", "loss", "grad_norm")
 _RUN = (
     "r",
@@ -201,7 +202,7 @@ def _learned(found: Analysis) -> str:
 def _differences(found: Analysis, test: Test, rows: Sequence[Difference]) -> str:
     share = any(row.only_method is not None for row in rows)
     header = ["method", "difference", "95%, t over seeds", "verdict", "p", "p, Holm", "by seed", "95%, bootstrap"]
-    header += ["only it : only the reference", "McNemar p"] if share else []
+    header += ["items more often right: it : the reference", "McNemar p"] if share else []
     lines = []
     for row in rows:
         seeds = ", ".join(f"{seed}: {score_text(value, test.kind, signed=True)}" for seed, value in row.by_seed.items())

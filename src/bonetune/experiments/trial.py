@@ -16,7 +16,7 @@ from bonetune.diagnostics import environment, git_state
 from bonetune.errors import DivergedError, InputError
 from bonetune.evaluation import TaskResult, evaluate
 from bonetune.evaluation.task import digest
-from bonetune.experiments.outcome import Outcome, Scaled, Trial, read_curve, read_outcome
+from bonetune.experiments.outcome import Outcome, Scaled, Trial, finite, read_curve, read_outcome
 from bonetune.experiments.scaling import Update
 from bonetune.experiments.settings import Comparison, Examination
 from bonetune.files import read_config
@@ -58,6 +58,8 @@ def known_outcome(comparison: Comparison, trial: Trial, r: int | None, *, counts
     outcome = read_outcome(folder)
     if outcome is not None and outcome.identity != identity_of(comparison, trial, r, counts=counts):
         raise InputError(f"The run in {folder} was made with other settings: delete its folder, and it is made anew.")
+    if outcome is not None and not comparison.keep_weights:
+        _discard_weights(folder)  # it may have been killed before it could
     return outcome
 
 
@@ -168,6 +170,8 @@ def _examined(comparison: Comparison, config: RunConfig, loaded: Loaded, *, coun
     if comparison.text is not None:
         text = _scores(comparison.text, loaded, config.model_name_or_path if config.baseline == "full" else None)[0]
         found |= {"base_text_loss": text.metrics["base_loss"], "text_loss": text.metrics["loss"]}
+        if not math.isfinite(text.metrics["loss"]):
+            return {"failure": "The loss on plain text is not finite"}
     if comparison.scales:
         found["scaled"] = _curve(comparison, config, loaded)
     return found
@@ -183,7 +187,8 @@ def _curve(comparison: Comparison, config: RunConfig, loaded: Loaded) -> tuple[S
         with update.scaled(scale) as model:
             score = _scores(first, model)[0].score
             perplexed = _scores(text.model_copy(update={"tasks": ("perplexity",)}), model)[0] if text is not None else None
-            points.append(Scaled(scale, score, perplexed.metrics["loss"] if perplexed is not None else None))
+            text_loss = perplexed.metrics["loss"] if perplexed is not None else None
+            points.append(Scaled(scale, finite(score), finite(text_loss)))
     return tuple(points)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from bonetune.diagnostics import lacks_instructions_for
 from bonetune.errors import InputError
@@ -78,10 +79,11 @@ def check_continues(checkpoint: Path, fingerprint: Mapping[str, Any], steps: int
 
 def check_loss_by_chunks(config: RunConfig, model: Any, vocabulary: int) -> None:
     """Have `check_loss` see whether this model's loss comes by chunks; raise `InputError` if `bptt_length` needs it to."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     by_chunks = config.task_type == "CAUSAL_LM" and vocabulary and check_loss(model, vocabulary)
-    if config.bptt_length is not None and not (by_chunks and getattr(model, "carries_state", False)):
+    if config.bptt_length is not None and not (by_chunks and getattr(base, "carries_state", False)):
         raise InputError(
-            f"bptt_length is for models that carry a state from one token to the next, and {type(model).__name__} does not: "
+            f"bptt_length is for models that carry a state from one token to the next, and {type(base).__name__} does not: "
             "leave it out."
         )
 
