@@ -49,7 +49,7 @@ def test_the_page_has_its_sections_and_every_method_in_each_table(tmp_path):
         if table.startswith(("method", "validation")):
             assert sum(name in table for name in EFFECTS) >= 2
     titles = page.of("h3")
-    assert {"Training loss, nats a token", "Against tokens trained on", "Against time", "Gradient norm"} <= set(titles)
+    assert {"Training loss", "Against tokens trained on", "Against time", "Gradient norm"} <= set(titles)
     text = " ".join(page.of("main"))
     for sentence in (*found.summary, *found.remarks):
         assert sentence.replace("`", "") in text

@@ -83,7 +83,7 @@ def figures(found: Analysis, curves: Mapping[str, Mapping[int, Curve]]) -> dict[
     colours = {method.name: number for number, method in enumerate(found.methods)}
     diverged = {method.name: method.failures for method in found.methods}
     drawn: tuple[tuple[str, Clock, str, str, dict[str, Any]], ...] = (
-        ("loss", "step", "Training loss, nats a token", "optimizer step", {"wide": True}),
+        ("loss", "step", "Training loss", "optimizer step", {"wide": True}),
         ("loss", "step", "The same, the last half of the steps", "optimizer step", {"part": 0.5}),
         ("loss", "tokens", "Against tokens trained on", "tokens", {}),
         ("loss", "seconds", "Against time", "seconds of training", {}),

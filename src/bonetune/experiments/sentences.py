@@ -54,8 +54,9 @@ _PAIRING = (
 )
 _OTHERS = (
     "The bootstrap draws seeds and items, one draw of items for all seeds. It knows no more seeds than there are and is too "
-    "narrow where seeds differ. McNemar's exact test counts an item for the method that got it right with more seeds, and "
-    "takes the trained models as given: it says whether these models differ on items such as these, not whether the methods do."
+    "narrow where seeds differ. An item is won by a method that got it right with more seeds than the reference, and lost by "
+    "one that did with fewer; McNemar's exact test is of these two counts. It takes the trained models as given: it says if "
+    "these models differ on items such as these, not whether the methods do."
 )
 _NOT_COVERED = (
     "No interval covers the choice of the learning rate, made on one seed, and none is widened for the number of comparisons. "

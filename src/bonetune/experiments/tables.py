@@ -202,7 +202,7 @@ def _learned(found: Analysis) -> str:
 def _differences(found: Analysis, test: Test, rows: Sequence[Difference]) -> str:
     share = any(row.only_method is not None for row in rows)
     header = ["method", "difference", "95%, t over seeds", "verdict", "p", "p, Holm", "by seed", "95%, bootstrap"]
-    header += ["items more often right: it : the reference", "McNemar p"] if share else []
+    header += ["items won : lost", "McNemar p"] if share else []
     lines = []
     for row in rows:
         seeds = ", ".join(f"{seed}: {score_text(value, test.kind, signed=True)}" for seed, value in row.by_seed.items())
