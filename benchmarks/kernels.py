@@ -1,8 +1,8 @@
 """What the Triton kernels become for a GPU, without one: registers, spills and shared memory, and a model of their time.
 
-`python -m benchmarks.kernels` compiles every default configuration for compute capability 8.0 and 9.0 (--capability 100 120: for
-others) and prints what it takes; with --model, it prints the model instead, which needs no Triton. Nothing is run and nothing is timed: that takes a GPU, and
-`python -m benchmarks.gpu`.
+`python -m benchmarks.kernels` compiles every default configuration for compute capability 8.0 and 9.0 (--capability 100 120:
+for others) and prints what it takes; with --model, it prints the model instead, which needs no Triton. Nothing is run and
+nothing is timed: that takes a GPU, and `python -m benchmarks.gpu`.
 """
 
 import argparse

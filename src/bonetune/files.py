@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -111,18 +112,29 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` to `path` as indented JSON, in one step."""
-    write_text(path, _json(content, indent=2) + "\n")
+    write_text(path, json_text(content, indent=2) + "\n")
 
 
 def write_json_lines(path: Path, rows: list[Any]) -> None:
     """Write one JSON value a line to `path`, in one step."""
-    write_text(path, "".join(_json(row) + "\n" for row in rows))
+    write_text(path, "".join(json_text(row) + "\n" for row in rows))
 
 
-def _json(content: Any, indent: int | None = None) -> str:
-    """JSON that UTF-8 can hold: halves of surrogate pairs, as a model's text may have, are escaped, all else is readable."""
-    text = json.dumps(content, indent=indent, ensure_ascii=False)
+def json_text(content: Any, indent: int | None = None) -> str:
+    """JSON that UTF-8 can hold: halves of surrogate pairs, as a model's text may have, are escaped, all else is readable.
+
+    Numbers that JSON does not have (NaN, infinity) are null.
+    """
+    text = json.dumps(_finite(content), indent=indent, ensure_ascii=False, allow_nan=False)
     return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -1,6 +1,7 @@
 """How well a classifier's outputs agree with the labels."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 
@@ -19,11 +20,24 @@ def agreement(logits: Tensor, labels: Tensor) -> dict[str, float]:
     np.add.at(table, (labels.numpy(), logits.argmax(-1).numpy()), 1)
     right, wanted, given = np.diag(table), table.sum(1), table.sum(0)
     occurring = wanted + given > 0
-    f1 = 2 * right[occurring] / (wanted + given)[occurring]
     total = table.sum()
     spread = np.sqrt((total**2 - (wanted**2).sum()) * (total**2 - (given**2).sum()))
     matthews = (right.sum() * total - (wanted * given).sum()) / spread if spread else 0.0
-    return {"accuracy": float(right.sum() / total), "f1": float(f1.mean()), "matthews": float(matthews)}
+    return {
+        "accuracy": float(right.sum() / total),
+        "f1": float(f1(right, given, wanted)[occurring].mean()),
+        "matthews": float(matthews),
+    }
+
+
+def f1(right: ArrayLike, given: ArrayLike, wanted: ArrayLike) -> np.ndarray:
+    """2 right / (given + wanted), the harmonic mean of precision and recall; 0 of a class that is neither given nor wanted.
+
+    Args:
+        right, given, wanted: how often a class is answered rightly, is answered, and should be; of one shape.
+    """
+    occurring = np.add(given, wanted, dtype=float)
+    return np.divide(np.multiply(2.0, right), occurring, out=np.zeros_like(occurring), where=occurring > 0)
 
 
 def _correlations(given: np.ndarray, wanted: np.ndarray) -> dict[str, float]:

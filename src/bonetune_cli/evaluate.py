@@ -1,6 +1,9 @@
 """`bonetune eval`."""
 
-from typing import Annotated
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
@@ -45,20 +48,19 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Score a model or an adapter."""
-    import json as json_module
-
     import bonetune
     from bonetune.errors import InputError
     from bonetune.evaluation import Judge
-    from bonetune_cli.console import out, progress, quiet_libraries
+    from bonetune_cli.console import progress, quiet_libraries
 
     quiet_libraries()
-    with progress() as bars:
+    results: list[Any] = []
+    with _shown_at_the_end(results, json), progress() as bars:
         wanted = [task.strip() for task in tasks.split(",") if task.strip()]
         lines = {task: bars.add_task(task, total=None, note="", visible=False) for task in wanted}
         if (judge_url is None) != (judge_model is None):
             raise InputError("--judge-url and --judge-model go together: give both, or neither.")
-        results = bonetune.evaluate(
+        bonetune.evaluate(
             model,
             wanted,
             data=_data(data or [], wanted),
@@ -79,9 +81,31 @@ def evaluate(
             unsafe_code=unsafe_code,
             trust_remote_code=trust_remote_code,
             on_items=lambda task, done, total: bars.update(lines[task], completed=done, total=total, visible=True),
+            on_result=results.append,
         )
-    if json:
-        out.print_json(json_module.dumps([result.summary() for result in results]))
+
+
+@contextmanager
+def _shown_at_the_end(results: list[Any], as_json: bool) -> Iterator[None]:
+    """Print the results there are when the block ends, also by an error, which loses none."""
+    try:
+        yield
+    except BaseException:
+        if results:
+            _show(results, as_json)
+        raise
+    _show(results, as_json)
+
+
+def _show(results: list[Any], as_json: bool) -> None:
+    from bonetune.files import json_text
+    from bonetune_cli.console import console, out
+
+    for result in results:
+        if not math.isfinite(result.score):
+            console.print(f"warning: {result.task}: the score is {result.score}, no finite number", style="yellow")
+    if as_json:
+        out.print_json(json_text([result.summary() for result in results]))
         return
     for result in results:
         interval = f"  95% [{result.interval[0]:.3f}, {result.interval[1]:.3f}]" if result.interval else ""

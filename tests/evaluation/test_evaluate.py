@@ -1,17 +1,26 @@
 import json
+import math
+import shutil
+import sys
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
 import yaml
 from conftest import llama
-from transformers import GenerationConfig, LlamaForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForSequenceClassification
 
 import bonetune
+from bonetune import BoneConfig
 from bonetune.data import write_binidx
 from bonetune.errors import InputError
-from bonetune.models import Loaded, generate
+from bonetune.evaluation import Judge
+from bonetune.models import Loaded, generate, load_tokenizer
+from bonetune_cli.main import main
 
+EVALUATE = import_module("bonetune.evaluation.evaluate")  # the function has its name
 PROMPTS = ["the quick brown fox", "a", "what is one plus two? three", "the lazy dog jumps over"]
 
 
@@ -77,8 +86,9 @@ def test_exact_match_with_records(data, model_folder, tmp_path):
     assert result.interval[0] < 0.5 < result.interval[1]
     assert len((tmp_path / "o" / "exact-match.jsonl").read_text().splitlines()) == 4
     (scores,) = json.loads((tmp_path / "o" / "scores.json").read_text())
-    assert scores == result.summary() | {"interval": list(result.interval), "model": str(model_folder), "dtype": "auto"}
+    assert scores == result.summary() | {"interval": list(result.interval), "model": str(model_folder), "dtype": "float32"}
     assert scores["protocol"].startswith("exact-match: greedy, at most 6 new tokens; equal to the expected answer")
+    assert "; rows read as prompt-completion (prompt, completion); rows of rows.jsonl; bonetune " in scores["protocol"]
 
 
 def test_loss_is_the_mean_over_supervised_tokens(data, tokenizer):
@@ -143,9 +153,12 @@ def test_an_adapter_is_examined_with_the_prompt_it_was_trained_with(tmp_path, mo
     bonetune.train(settings)
     (result,) = bonetune.evaluate(str(tmp_path / "run"), ["exact-match"], data=settings["dataset_name"], max_new_tokens=1)
     assert result.records[0]["prompt"] == "Q: one A:"
+    assert "; rows read as instruction (q, a), prompt template 'Q: {instruction} A:'; rows of" in result.protocol
     other = {"data": settings["dataset_name"], "max_new_tokens": 1, "prompt_template": "{instruction}!"}
     (result,) = bonetune.evaluate(str(tmp_path / "run"), ["exact-match"], **other)
     assert result.records[0]["prompt"] == "one!"
+    assert result.protocol.count("prompt template") == 1
+    assert "prompt template '{instruction}!'" in result.protocol
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(data, model_folder):
@@ -260,3 +273,191 @@ def test_the_loss_is_right_for_a_head_that_looks_around(data, tokenizer):
     with torch.no_grad():
         logp = loaded.model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
     assert result.score == pytest.approx(-logp[len(prompt) - 1 :].mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "option", "message"),
+    [
+        (["gsm8k:strict"], {"few_shot": "x"}, r"few_shot means nothing to gsm8k:strict: .* \(gsm8k:lm-eval, lm-eval:NAME\)"),
+        (["gsm8k:strict"], {"dataset_format": "alpaca"}, "dataset_format means nothing to gsm8k:strict"),
+        (["gsm8k:arena"], {"dataset_field": ["a", "b"]}, "dataset_field means nothing to gsm8k:arena"),
+        (["perplexity"], {"prompt_template": "{instruction}"}, "prompt_template means nothing to perplexity"),
+        (["perplexity", "loss"], {"few_shot": "x"}, "few_shot means nothing to perplexity, loss"),
+        (["lm-eval:arc_easy"], {"prompt_template": "{instruction}"}, "prompt_template means nothing to lm-eval:arc_easy"),
+        (["lm-eval:arc_easy"], {"dataset_field": ["a"]}, "dataset_field means nothing to lm-eval:arc_easy"),
+        (["humaneval"], {"prompt_template": "{instruction}"}, "prompt_template means nothing to humaneval"),
+        (["loss"], {"judge": Judge("http://x/v1", "m")}, r"judge means nothing to loss: .* \(mt-bench\)"),
+    ],
+)
+def test_an_option_that_no_task_heeds_is_refused(tokenizer, tasks, option, message):
+    with pytest.raises(InputError, match=message):
+        bonetune.evaluate(Loaded(llama(), tokenizer, "m"), tasks, data="nowhere.jsonl", **option)
+
+
+def test_glue_heeds_no_template(tmp_path, tokenizer):
+    loaded = run_of(tmp_path, tokenizer, task_type="SEQ_CLS")
+    with pytest.raises(InputError, match="prompt_template means nothing to glue:sst2"):
+        bonetune.evaluate(loaded, ["glue:sst2"], data="nowhere.jsonl", prompt_template="{instruction}")
+
+
+def test_a_protocol_names_what_its_task_used_alone(tmp_path, tokenizer):
+    data = rows_file(tmp_path, {"text": "the quick brown fox", "other": "a lazy dog"})
+    told = {"data": data, "dataset_field": ["other"], "prompt_template": "{instruction}!"}
+    loss, perplexity = bonetune.evaluate(Loaded(llama(), tokenizer, "m"), ["loss", "perplexity"], **told)
+    assert "; rows of data.jsonl; fields other; bonetune" in perplexity.protocol
+    assert "; rows read as text (other); rows of data.jsonl; bonetune" in loss.protocol
+    assert "template" not in perplexity.protocol + loss.protocol
+
+
+def resumed(model, data, tmp_path, name="o", **told):
+    told = {"tasks": ["exact-match"], "max_new_tokens": 2, "output_dir": str(tmp_path / name)} | told
+    return bonetune.evaluate(model, data=str(data), resume=True, **told)
+
+
+def test_a_model_that_changes_is_not_gone_on_with(data, model_folder, tmp_path):
+    """Whatever file of it has changed."""
+    folder = tmp_path / "m"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    model = llama()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    first = resumed(str(folder), data, tmp_path)
+    assert resumed(str(folder), data, tmp_path) == first
+    model.lm_head.weight.data.mul_(1.5)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"made with other settings \(weights \("):
+        resumed(str(folder), data, tmp_path)
+    resumed(str(folder), data, tmp_path, "other")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(InputError, match=r"made with other settings \(tokenizer \("):
+        resumed(str(folder), data, tmp_path, "other")
+
+
+def test_an_adapters_configuration_and_run_are_part_of_it(data, model_folder, tmp_path):
+    folder = tmp_path / "adapter"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), BoneConfig(r=4, target_modules="all-linear"))
+    model.save_pretrained(folder)
+    first = resumed(str(folder), data, tmp_path)
+    (folder / "run.yaml").write_text("prompt_template: 'Q {instruction}'\n")
+    with pytest.raises(InputError, match=r"made with other settings \(run \("):
+        resumed(str(folder), data, tmp_path)
+    (folder / "run.yaml").unlink()
+    assert resumed(str(folder), data, tmp_path) == first
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"layers_to_transform": [0]}))
+    with pytest.raises(InputError, match=r"made with other settings \(adapter_config \("):
+        resumed(str(folder), data, tmp_path)
+
+
+def test_the_base_that_forgetting_is_measured_against_is_known_by_its_weights(model_folder, tmp_path):
+    base, rows = tmp_path / "base", rows_file(tmp_path, {"text": "the quick brown fox"})
+    shutil.copytree(model_folder, base)
+    told = {"tasks": ["forgetting"], "base": str(base)}
+    resumed(str(model_folder), rows, tmp_path, **told)
+    changed = llama()
+    changed.lm_head.weight.data.mul_(1.5)
+    changed.save_pretrained(base)
+    with pytest.raises(InputError, match=r"made with other settings \(base_weights \("):
+        resumed(str(model_folder), rows, tmp_path, **told)
+
+
+def test_a_loaded_model_is_known_by_what_is_in_memory(data, tokenizer, tmp_path):
+    def loaded(alpha=8):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear", init_lora_weights=False)
+        return Loaded(get_peft_model(llama(), config).eval(), tokenizer, "m")
+
+    first = resumed(loaded(), data, tmp_path)
+    assert resumed(loaded(), data, tmp_path) == first
+    changed = loaded()
+    changed.model.get_parameter("base_model.model.lm_head.weight").data[3, 5] += 1
+    for other in (changed, loaded(alpha=800)):
+        with pytest.raises(InputError, match=r"made with other settings \(weights \("):
+            resumed(other, data, tmp_path)
+    tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(InputError, match=r"made with other settings \(tokenizer \("):
+        resumed(loaded(), data, tmp_path)
+
+
+def test_a_model_without_fingerprint_is_not_gone_on_with(data, model_folder, tmp_path, monkeypatch):
+    folder, tokenizer = tmp_path / "m", load_tokenizer(str(model_folder))
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(EVALUATE, "load_model", lambda *_, **__: Loaded(llama(), tokenizer, "m"))
+    resumed(str(folder), data, tmp_path)
+    with pytest.raises(InputError, match=r"has no fingerprint .* Pass --overwrite"):
+        resumed(str(folder), data, tmp_path)
+
+
+def test_a_base_that_is_missing_is_told_of_before_the_work(tmp_path, model_folder, monkeypatch):
+    monkeypatch.setattr(EVALUATE, "load_model", None)
+    data = rows_file(tmp_path, {"text": "the quick brown fox"})
+    with pytest.raises(InputError, match="has no adapter: name it with base"):
+        bonetune.evaluate(str(model_folder), ["perplexity", "forgetting"], data=data)
+    with pytest.raises(InputError, match="Model folder /no/such/base does not exist"):
+        bonetune.evaluate(str(model_folder), ["perplexity", "forgetting"], data=data, base="/no/such/base")
+
+
+def test_each_result_is_told_of_when_it_is_there(data, tokenizer, monkeypatch):
+    told = []
+
+    def broken(*args, **kwargs):
+        raise InputError("broken")
+
+    monkeypatch.setattr("bonetune.evaluation.rows.generate_batches", broken)
+    loaded, settings = Loaded(llama(), tokenizer, "m"), {"data": str(data), "on_result": told.append}
+    with pytest.raises(InputError, match="broken"):
+        bonetune.evaluate(loaded, ["loss", "exact-match"], **settings)
+    assert [result.task for result in told] == ["loss"]
+
+
+def test_a_score_that_is_no_number_is_null_in_files(data, tokenizer, tmp_path):
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = math.nan
+    for _ in range(2):
+        (result,) = resumed(Loaded(model, tokenizer, "m"), data, tmp_path, tasks=["loss"])
+        assert math.isnan(result.score)
+        assert not any("NaN" in file.read_text() for file in (tmp_path / "o").iterdir())
+        (scores,) = json.loads((tmp_path / "o" / "scores.json").read_text())
+        assert scores["score"] is None
+
+
+def test_what_was_finished_keeps_its_dtype(data, model_folder, tmp_path):
+    for _ in range(2):
+        resumed(str(model_folder), data, tmp_path, tasks=["loss"])
+        (scores,) = json.loads((tmp_path / "o" / "scores.json").read_text())
+        assert scores["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_the_command_line_shows_what_was_done_before_an_error(data, model_folder, monkeypatch, capfd, form):
+    def broken(*args, **kwargs):
+        raise InputError("broken")
+
+    monkeypatch.setattr("bonetune.evaluation.rows.generate_batches", broken)
+    command = ["bonetune", "eval", str(model_folder), "--tasks", "loss,exact-match", "--data", str(data), *form]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capfd.readouterr()
+    assert stop.value.code == 2
+    assert "broken" in said.err
+    assert [line["task"] for line in json.loads(said.out)] == ["loss"] if form else said.out.startswith("loss: ")
+
+
+def test_the_command_line_warns_of_a_score_that_is_no_number(data, model_folder, tmp_path, monkeypatch, capfd):
+    ruined = llama()
+    with torch.no_grad():
+        ruined.lm_head.weight[7] = math.nan
+    shutil.copytree(model_folder, tmp_path / "m")
+    ruined.save_pretrained(tmp_path / "m")
+    monkeypatch.setattr(
+        sys, "argv", ["bonetune", "eval", str(tmp_path / "m"), "--tasks", "loss", "--data", str(data), "--json"]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    said = capfd.readouterr()
+    assert json.loads(said.out)[0]["score"] is None
+    assert "NaN" not in said.out
+    assert "loss: the score is nan, no finite number" in said.err

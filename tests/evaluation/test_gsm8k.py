@@ -1,3 +1,4 @@
+import copy
 import json
 import random
 import re
@@ -18,8 +19,10 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from peft import get_peft_model
 
 import bonetune
+from bonetune import BoneConfig
 from bonetune.data import reasoning_problems
 from bonetune.errors import InputError
 from bonetune.evaluation import gsm8k
@@ -75,7 +78,7 @@ def extract_answer_number(completion):
 @example("#### 5")
 @example("")
 def test_metamath_reads_what_the_original_reads(output):
-    assert gsm8k.metamath_answer(output) == extract_answer_number(output)
+    assert gsm8k.metamath_number(output) == extract_answer_number(output)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +90,14 @@ def test_metamath_reads_what_the_original_reads(output):
     ],
 )  # fmt: skip
 def test_quirks_of_metamath(said, read):
-    assert gsm8k.metamath_answer(f"The answer is: 4. The answer is: {said}") == read
+    assert gsm8k.metamath_number(f"The answer is: 4. The answer is: {said}") == read
 
 
 def test_metamath_judges_rounded_numbers():
     assert gsm8k.judge_metamath("The answer is: 17.6", row()) == {"answer": 18, "expected": 18, "correct": True}
     assert gsm8k.judge_metamath("The answer is: 18 eggs", row("1,018"))["correct"] is False
     assert gsm8k.judge_metamath("18", row()) == {"answer": None, "expected": 18, "correct": False}
-    assert gsm8k.metamath_reference("#### 2,125") == 2125
+    assert gsm8k.metamath_reference_number("#### 2,125") == 2125
     # all numbers of this size are one float
     assert gsm8k.judge_metamath(f"The answer is: {2**53 + 1}", row(str(2**53)))["correct"] is True
 
@@ -145,7 +148,7 @@ def test_strict_reads_decimals(value, form, after):
     [
         ("1,234,567", 1234567), ("$1{,}000", 1000), ("\\$5.50", Fraction(11, 2)), (".5", Fraction(1, 2)), ("\u22125", -5),
         ("-$5", -5), ("$-5", -5), ("\\boxed{18}", 18), ("**18**", 18), ("x = 18", 18), ("x2 = 18", 18), ("\u20ac18", 18),
-        ("18-year-olds", 18), ("+5", 5), ("3 + 4 = 7", 3), ("12,34", None), ("1.2.3", None), ("10:30", None), ("3-4", None),
+        ("18-year-olds", 18), ("+5", 5), ("12,34", None), ("1.2.3", None), ("10:30", None), ("3-4", None),
         ("2^5", None), ("1e5", None), ("1/0", None), ("1/2/3", None), ("1,2,3", None), ("2*9", None), ("2\u00d79", None),
         ("none", None), ("", None), ("ten\n7", None), ("\\frac12", None), ("7" * 5000, None), ("\u0663", None),
         # a whole number before a fraction
@@ -158,14 +161,23 @@ def test_strict_reads_decimals(value, form, after):
         ("1\u00a01/2", Fraction(3, 2)),
         # dashes for signs
         ("\u20135", -5), ("\u20125", -5), ("-5", -5), ("\u2013$5", -5), ("x = \u20135", -5), ("3\u20134", None),
-        ("3\u20124", None), ("10 \u2013 5", 10), ("\u2013 5", 5), ("18\u2013year-olds", 18), ("\u2013.5", Fraction(-1, 2)),
+        ("3\u20124", None), ("10 \u2013 5", None), ("\u2013 5", 5), ("18\u2013year-olds", 18), ("\u2013.5", Fraction(-1, 2)),
         # signs that stand apart
         ("- 5", -5), ("-  5", -5), ("- $5", -5), ("$- 5$", -5), ("\u2212 5", -5), ("x = - 5", -5), ("it is - 5", -5),
         ("x is: - 5", -5),
         ("**- 5**", -5), ("\\boxed{- 5}", -5), ("- .5", Fraction(-1, 2)), ("- \\frac{1}{2}", Fraction(-1, 2)),
-        ("- 1 1/2", Fraction(-3, 2)), ("- 70 000", -70000), ("+ 5", 5), ("10 - 5", 10), ("3 - 4", 3), ("x - 5", 5),
+        ("- 1 1/2", Fraction(-3, 2)), ("- 70 000", -70000), ("+ 5", 5), ("10 - 5", None), ("3 - 4", None), ("x - 5", 5),
         ("this - 5", 5),
         ("\n- 5 apples\n- 3 pears", 5), ("**\n\n- 5", 5),
+        # calculations and equations
+        ("20 - 2 = 18", 18), ("3 * 6 = 18", 18), ("3 + 4 = 7", 7), ("$20 - $2 = $18.", 18), ("20-2 = 18", 18), ("2*9=18", 18),
+        ("3 \u00d7 6 = 18", 18), ("3 x 6 = 18", 18), ("3 \\times 6 = 18", 18), ("36 / 2 = 18", 18), ("36/2", 18),
+        ("(20 - 2) = 18", 18), ("(10 + 8) - 2 = 16", 16), ("2 * (4 + 5) = 18", 18), ("3 - 5 = -2", -2), ("3 - 5 = - 2", -2),
+        ("x = 3 * 6 = 18", 18), ("20 apples - 2 apples = 18 apples", 18), ("1 500 + 500 = 2 000 km", 2000),
+        ("20% + 5% = 25%", 25), ("\\frac{1}{2} + \\frac{1}{2} = 1", 1), ("\\frac12 = 0.5", None),
+        ("18 = 9 * 2", None), ("20 - 2", None), ("3 * 6", None), ("3 x 6", None), ("10 + 8 = 9 * 2", None),
+        ("20 - 2 =", None), ("18 - the rest", 18), ("18 + tax", 18), ("18/hour", 18), ("18 (20 - 2 = 18)", 18),
+        ("18, because 36 = 2 * 18", 18), ("18 since 20 - 2 = 18", 18), ("18 x", 18), ("18\n20 - 2 = 3", 18),
         # thousands after spaces
         ("70 000", 70000), ("70\u00a0000", 70000), ("70\u202f000", 70000), ("70\u2009000", 70000), ("70\\,000", 70000),
         ("$1 234 567.50", Fraction(246913500, 200)), ("-70 000", -70000), ("70 000 dollars", 70000), ("70 000.", 70000),
@@ -403,3 +415,27 @@ def test_scores_are_the_harnesss(harness, rows, learned, tokenizer, context, mon
         assert [record[answer] for record in records] == [sample["filtered_resps"][0] for sample in samples]
         assert [record[score] for record in records] == [sample["exact_match"] for sample in samples]
         assert (ours.score if score == "correct" else ours.metrics[score]) == found["results"]["gsm8k"][f"exact_match,{name}"]
+
+
+def test_what_the_models_generation_config_changes_is_heeded_as_by_the_harness(harness, rows, learned, tokenizer, monkeypatch):
+    monkeypatch.setattr(learned.generation_config, "repetition_penalty", 1.5)
+    language_model, tasks = HFLM(pretrained=learned, tokenizer=tokenizer, batch_size=3), TaskManager(include_defaults=False)
+    found = lm_eval.simple_evaluate(language_model, tasks=[harness], task_manager=tasks, log_samples=True, bootstrap_iters=0)
+    data, few_shot = (harness["dataset_kwargs"]["data_files"][split] for split in ("test", "train"))
+
+    def ours(model):
+        told = {"data": data, "few_shot": few_shot, "batch_size": 3}
+        (result,) = bonetune.evaluate(Loaded(model, tokenizer, "m"), ["gsm8k:lm-eval"], **told)
+        return [record["output"] for record in result.records], result.protocol
+
+    samples = [sample for sample in found["samples"]["gsm8k"] if sample["filter"] == "strict-match"]
+    outputs, protocol = ours(learned)
+    assert outputs == [sample["resps"][0][0] for sample in samples]
+    assert "at most 256 new tokens, with the model's own repetition_penalty 1.5; rows of" in protocol
+    assert learned.generation_config.repetition_penalty == 1.5
+    adapted = get_peft_model(copy.deepcopy(learned), BoneConfig(r=4, target_modules="all-linear"))  # adds nothing yet
+    assert ours(adapted) == (outputs, protocol)
+    monkeypatch.setattr(learned.generation_config, "repetition_penalty", 1.0)
+    others, protocol = ours(learned)
+    assert others != outputs
+    assert "at most 256 new tokens; rows of" in protocol

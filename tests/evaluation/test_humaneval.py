@@ -37,6 +37,7 @@ ROWS = [SQUARES, DECODE]
 WHOLE = "def squares(numbers: List[int]) -> List[int]:\n    return [n * n for n in numbers]"
 CUBES = "def cubes(n):\n    return 8"
 LOOP = "    out = []\n    for n in numbers:\n        out.append(n * n)\n    return out"
+LOOP_WHOLE = f"def squares(numbers):\n{LOOP}"
 
 
 def fenced(code, language="python"):
@@ -77,6 +78,23 @@ RIGHT = {
     "helper before": fenced(f"def square(n):\n    return n * n\n\n{WHOLE.replace('n * n', 'square(n)')}"),
     "helper behind": fenced(f"{WHOLE.replace('n * n', 'square(n)')}\n\n@staticmethod\ndef square(n):\n    return n * n"),
     "constant before": f"So:\nPOWER = 2\n{WHOLE.replace('n * n', 'n**POWER')}",
+    "constant behind": fenced(f"{WHOLE.replace('n * n', 'n**POWER')}\n\nPOWER = 2\nprint(squares([1]))"),
+    "constant between": fenced(
+        f"{WHOLE.replace('n * n', 'square(n)')}\n\nPOWER: int = 2\n\ndef square(n):\n    return n**POWER"
+    ),
+    "constants of constants": fenced(f"{WHOLE.replace('n * n', 'n**POWER')}\n\nONE, TWO = 1, 2\nPOWER = ONE\nPOWER += ONE"),
+    "default behind": fenced(f"{WHOLE.replace('n * n', 'square(n)')}\n\nP = 2\n\ndef square(n, p=P):\n    return n**p"),
+    "table behind": fenced(f"{WHOLE.replace('n * n', 'T[abs(n)]')}\n\nT = {{}}\nT[1] = 1\nT[3] = 9"),
+    "local names behind": fenced(f"{LOOP_WHOLE}\n\nnumbers = input()\nout = squares(numbers)"),
+    "a program behind": fenced(f"{WHOLE}\n\ndef main():\n    print(squares(given))\n\ngiven = input()\nmain()"),
+    "lambda": fenced("squares = lambda numbers: [n * n for n in numbers]\nprint(squares(input()))"),
+    "typed lambda": fenced("from typing import Callable\nsquares: Callable = lambda numbers: [n * n for n in numbers]"),
+    "lambda, helper": fenced("squares = lambda a: [f(n) for n in a]\nP = 2\ndef f(n):\n    return n**P"),
+    "lambda, no fence": "It is:\nsquares = lambda numbers: [n * n for n in numbers]\n\nDone.",
+    "another name": fenced("def f(numbers):\n    return [n * n for n in numbers]\n\nsquares = f"),
+    "partial": fenced("from functools import partial\nsquares = partial(lambda p, a: [n**p for n in a], 2)"),
+    "use first, of its own name": f"{fenced('squares = squares([1, 2])')}\nCode:\n{fenced(WHOLE)}",
+    "body with its own name": fenced("squares = list(n * n for n in numbers)\nreturn squares"),
     "decorated": fenced("import functools\n\n@functools.wraps(len)\n" + WHOLE),
     "future": fenced(f"from __future__ import annotations\n{WHOLE.replace('List[int]', 'Unknown[int]')}"),
     "own types": fenced("import typing as t\n\n" + WHOLE.replace("List[int]", "t.Sequence[int]")),
@@ -104,6 +122,8 @@ WRONG = {
     "stub": fenced(SQUARES["prompt"] + "    pass"),
     "torn": fenced("def squares(numbers):\n    return [n *"),
     "torn signature": "def squares(",
+    "result": fenced("squares = [1, 9]"),
+    "result of itself": fenced("squares = squares([1, 2])"),
     "no sense": fenced("squares = ="),
     "null byte": fenced(WHOLE + "\0"),
     "half a character": fenced("def squares(numbers):\n    return '\udc80'"),
@@ -214,6 +234,25 @@ def test_the_protocol_says_what_holds_programs_back(task, held, told, tmp_path, 
     monkeypatch.setattr("bonetune.evaluation.questions.generate_batches", lambda *_, **__: [{0: Answer("", True)}])
     (result,) = bonetune.evaluate(Loaded(llama(), tokenizer, "m"), [task.name], data=str(tmp_path / "rows.jsonl"))
     assert told in result.protocol
+
+
+def test_records_of_a_sandbox_do_not_go_on_in_another(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(SQUARES) + "\n")
+    monkeypatch.setattr("bonetune.evaluation.questions.generate_batches", lambda *_, **__: [{0: Answer("", True)}])
+    told = {"data": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "out")}
+    loaded = Loaded(llama(), tokenizer, "m")
+
+    def evaluated(*held, **settings):
+        monkeypatch.setattr(humaneval, "layers", lambda **_: held)
+        return bonetune.evaluate(loaded, ["humaneval"], **told, **settings)
+
+    whole = evaluated("privileges", "Landlock", "seccomp")
+    assert evaluated("privileges", "Landlock", "seccomp", unsafe_code=True, resume=True) == whole  # which takes nothing away
+    for held in (("privileges", "seccomp"), ("privileges",)):
+        with pytest.raises(
+            InputError, match=r"made with other settings \(held_back \(\['privileges', 'Landlock', 'seccomp'\], now"
+        ):
+            evaluated(*held, unsafe_code=True, resume=True)
 
 
 def test_whether_programs_can_be_held_back_is_known_before_the_rows_are_read(monkeypatch):

@@ -59,3 +59,14 @@ def test_what_is_there_is_not_lost_by_mistake(tmp_path):
     assert place.records.is_file()
     shelf(tmp_path, model="other").claim(resume=False, overwrite=True)
     assert not place.records.exists()
+
+
+def test_what_is_made_twice_is_kept_and_counted_once(tmp_path):
+    """A batch of four of which three were written: all of it is made again."""
+    file, told = tmp_path / "task.jsonl", []
+    batch = [{"row": row, "output": str(row)} for row in range(1, 5)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in [*batch[:3], batch[0]]) + '{"row": 4, "out')
+    again = Ledger(4, lambda done, total: told.append((done, total)), file)
+    again.add(batch)
+    assert told == [(3, 4), (4, 4)]
+    assert [json.loads(line) for line in file.read_text().splitlines()] == batch == again.ordered

@@ -61,6 +61,40 @@ def test_answers_are_equivalent_as_in_the_original(one, other):
     assert mathematics.equivalent(one, one) is True
 
 
+@settings(max_examples=1000, deadline=None)
+@given(ANSWERS, ANSWERS)
+@example("x/2", "x / 2")
+@example("1" * 5000 + "/2", "1" * 5000 + " /2")
+@example("10%", "10")
+def test_answers_are_equivalent_by_the_data_sets_own_rules(one, other):
+    """Its code differs from MetaMath's in what one function does with what is no number."""
+    with_numbers = hendrycks.fix_a_slash_b
+
+    def fix_a_slash_b(text):
+        try:
+            return with_numbers(text)
+        except ValueError:
+            return text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hendrycks, "fix_a_slash_b", fix_a_slash_b)
+        assert mathematics.equivalent(one, other, "hendrycks") is hendrycks.is_equiv(one, other)
+        assert mathematics.equivalent(one, one, "hendrycks") is True
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "metamath", "hendrycks"),
+    [
+        ("x/2", "x / 2", False, True), ("\\pi/2", "\\pi /2", False, True), ("\\dfrac{x}{2}", "x/2", False, False),
+        ("1/2", "\\frac12", True, True), ("10%", "10", False, False), ("10\\%", "10", True, True),
+        ("5\\text{ cm}\\text{ m}", "5", False, False),
+    ],
+)  # fmt: skip
+def test_where_the_two_rules_differ(one, other, metamath, hendrycks):
+    assert mathematics.equivalent(one, other) is metamath
+    assert mathematics.equivalent(one, other, "hendrycks") is hendrycks
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
@@ -133,7 +167,7 @@ def test_judged_as_by_metamath(output, solution):
     ],
 )
 def test_what_metamath_reads(output, read):
-    assert mathematics.metamath_answer(output) == read
+    assert mathematics.metamath_text(output) == read
 
 
 @pytest.mark.parametrize(
@@ -158,7 +192,7 @@ def test_what_metamath_reads(output, read):
 )
 def test_boxes(text, content, by_metamath):
     assert mathematics.last_boxed(text) == content
-    assert mathematics.metamath_reference(text) == by_metamath
+    assert mathematics.metamath_reference_text(text) == by_metamath
 
 
 @settings(deadline=None)
@@ -174,7 +208,7 @@ def test_boxes_with_braces_are_the_originals(text):
 def test_rows_of_both_names(fields):
     row = dict(zip(fields, ("Q?", "$\\boxed{5}$"), strict=True))
     assert mathematics.problem_and_solution(row) == ("Q?", "$\\boxed{5}$")
-    record = {"answer": "5", "expected": "5", "correct": True}
+    record = {"answer": "5", "expected": "5", "correct": True, "hendrycks": True}
     assert mathematics.judge_metamath("The answer is: 5.", row) == record
 
 

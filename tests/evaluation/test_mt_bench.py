@@ -11,6 +11,7 @@ import pytest
 import rwkv_models
 from conftest import llama
 
+import bonetune
 from bonetune.data import PAPER_PROMPT
 from bonetune.errors import InputError
 from bonetune.evaluation import mt_bench
@@ -386,3 +387,17 @@ def test_what_is_needed_before_a_model_is_loaded(endpoint, data, monkeypatch):
     prepared = mt_bench.prepare(Request(data=data, judge=endpoint.judge, limit=2))
     assert prepared.items == 6
     assert KEY not in json.dumps(prepared.identity)
+
+
+def test_a_judge_that_is_not_there_is_told_of_before_the_model_is_asked(endpoint, tokenizer, data, monkeypatch, tmp_path):
+    endpoint.script = [(404, "no such model", {})]
+    told = {"data": data, "judge": endpoint.judge, "output_dir": str(tmp_path / "out"), "max_new_tokens": 5, "resume": True}
+    with monkeypatch.context() as unasked:
+        unasked.setattr(mt_bench, "generate_batches", None)
+        with pytest.raises(InputError, match=r"refuses to answer .*HTTP 404"):
+            bonetune.evaluate(Loaded(llama(), tokenizer, "m"), ["mt-bench"], **told)
+    assert [body["max_tokens"] for _, body in endpoint.requests] == [16]
+    first = bonetune.evaluate(Loaded(llama(), tokenizer, "m"), ["mt-bench"], **told)
+    asked = len(endpoint.requests)
+    assert bonetune.evaluate(Loaded(llama(), tokenizer, "m"), ["mt-bench"], **told) == first
+    assert len(endpoint.requests) == asked  # what is finished needs no judge

@@ -1,6 +1,8 @@
 """The benchmarks' protocols as `evaluate` runs them, with answers that no model had to make."""
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
@@ -9,6 +11,8 @@ from conftest import llama
 import bonetune
 from bonetune.data import PAPER_PROMPT, read_rows
 from bonetune.errors import InputError
+from bonetune.evaluation.evaluate import TASKS
+from bonetune.evaluation.task import Request
 from bonetune.models import Answer, Loaded, cut
 
 MAILS = {"question": "Ann has 3 eggs and gets 1,200. How many?", "answer": "3 + 1200 = 1203\n#### 1,203"}
@@ -77,8 +81,12 @@ def test_gsm8k_of_lm_eval_shows_training_problems(evaluated, tmp_path):
     assert (result.score, result.metrics["flexible"]) == (0.5, 1.0)
     with pytest.raises(InputError, match="shows 5 training problems before each: name their file with few_shot"):
         evaluated("gsm8k:lm-eval", [MAILS], [""])
-    with pytest.raises(InputError, match="has a prompt of its own"):
-        evaluated("gsm8k:lm-eval", [MAILS], [""], few_shot=str(shown), prompt_template="{instruction}")
+    told = {"few_shot": str(shown), "prompt_template": "{instruction}"}
+    with pytest.raises(InputError, match="prompt_template means nothing to gsm8k:lm-eval"):
+        evaluated("gsm8k:lm-eval", [MAILS], [""], **told)
+    request = Request(data=str(tmp_path / "rows.jsonl"), **told)  # as it is asked for beside a task that heeds it
+    with pytest.raises(InputError, match="gsm8k:lm-eval has a prompt of its own"):
+        TASKS["gsm8k:lm-eval"].prepare(request)
 
 
 def test_generated_problems_are_made_and_judged(evaluated):
@@ -91,15 +99,45 @@ def test_generated_problems_are_made_and_judged(evaluated):
     assert [record["correct"] for record in result.records] == [True, True, False, False]
 
 
-def test_mathematics_has_two_scores(evaluated):
+def test_mathematics_has_three_scores(evaluated):
     answers = ["The answer is: 2x", "The answer is: x + x", "The answer is: 3x"]
     result, asked = evaluated("math:metamath", [SUM] * 3, answers)
     assert [record["correct"] for record in result.records] == [True, False, False]
     assert [record["verified"] for record in result.records] == [True, True, False]
     assert result.metrics["verified"] == pytest.approx(2 / 3)
+    assert "; verified is by math-verify; " in result.protocol
     assert asked["max_new_tokens"] == 2048
     with pytest.raises(InputError, match=r"math:metamath: row 1: The solution 'It is 2x.' has no answer in"):
         evaluated("math:metamath", [SUM | {"solution": "It is 2x."}], [""])
+
+
+def test_mathematics_by_the_data_sets_rules_is_told_apart(evaluated):
+    halves = SUM | {"solution": "It is $\\boxed{x/2}$."}
+    result, _ = evaluated("math:metamath", [halves] * 2, ["The answer is: x / 2", "The answer is: 3x"])
+    assert (result.score, result.metrics["hendrycks"], result.metrics["verified"]) == (0, 0.5, 0.5)
+    assert [record["hendrycks"] for record in result.records] == [True, False]
+    assert "MetaMath's stop texts, reading of answers and equivalence; hendrycks is" in result.protocol
+
+
+def test_mathematics_stands_without_math_verify(evaluated, tmp_path, monkeypatch):
+    told = {"output_dir": str(tmp_path / "out")}
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    result, _ = evaluated("math:metamath", [SUM], ["The answer is: 2x"], **told)
+    assert result.score == 1
+    assert result.metrics.keys() == {"hendrycks", "hendrycks_low", "hendrycks_high", "cut_off"}
+    assert "verified" not in result.records[0]
+    missing = "; verified is missing (math-verify is not installed: pip install 'bonetune[math]'); greedy"
+    assert missing in result.protocol
+    monkeypatch.delitem(sys.modules, "math_verify")
+    with pytest.raises(InputError, match=r"made with other settings \(verified \(False, now True\)\)"):
+        evaluated("math:metamath", [SUM], [""], resume=True, **told)
+
+
+def test_mathematics_stands_in_another_thread(evaluated):
+    with ThreadPoolExecutor(1) as pool:
+        result, _ = pool.submit(evaluated, "math:metamath", [SUM], ["The answer is: 2x"]).result()
+    assert result.score == 1
+    assert "verified is missing (math-verify ends what takes too long by a signal" in result.protocol
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 from adapted_models import adapted
 from conftest import llama
 from peft import LoraConfig, get_peft_model
+from tokenizers import processors
 
 import bonetune
 from bonetune.errors import InputError
@@ -42,8 +43,10 @@ def test_perplexity(data, tokenizer, window, monkeypatch):
     nats, tokens = sum(total for total, _ in found), sum(count for _, count in found)
     assert result.score == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     assert result.metrics["loss"] == pytest.approx(nats / tokens, rel=1e-5)
-    scored = [text for text, (_, count) in zip(TEXTS, found, strict=True) if count]
-    assert result.metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(len(t.encode()) for t in scored), rel=1e-5)
+    # without an opening token the first one is not predicted
+    predicted = sum(len(tokenizer.decode(tokenizer(text).input_ids[1:]).encode()) for text in TEXTS)
+    assert result.metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / predicted, rel=1e-5)
+    assert result.metrics["dropped"] == 1
     assert result.interval[0] < result.score < result.interval[1]
     assert not result.higher_is_better
     assert [r["supervised_tokens"] for r in result.records] == [count for _, count in found if count]
@@ -95,3 +98,36 @@ def test_a_ruined_model_has_an_infinite_perplexity(data, tokenizer):
     (result,) = bonetune.evaluate(Loaded(model, tokenizer, "m"), ["perplexity"], data=data)
     assert result.metrics["loss"] > 710
     assert result.score == math.inf
+
+
+def test_a_model_that_computes_no_numbers_has_no_perplexity(data, tokenizer):
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = math.nan
+    (result,) = bonetune.evaluate(Loaded(model, tokenizer, "m"), ["perplexity"], data=data)
+    assert math.isnan(result.score)
+    assert math.isnan(result.metrics["loss"])
+
+
+@pytest.mark.parametrize("text", ["the fox", "\u2705 fox", "\u00e4x"])
+def test_only_bytes_that_are_predicted_count(tokenizer, text):
+    first = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids[0])  # a sign of a name is a byte
+    assert texts.predicted_bytes(tokenizer, text) == len(text.encode()) - len(first)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    assert texts.predicted_bytes(tokenizer, text) == len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [("tokenizer", "other tokens of the same texts, for their tokenizers differ"), ("window", "windows of 128 and 32 tokens")],
+)
+def test_a_base_that_reads_texts_otherwise_is_refused(data, tokenizer, tmp_path, other, message):
+    llama(**({"max_position_embeddings": 32} if other == "window" else {})).save_pretrained(tmp_path / "base")
+    saved = tokenizer
+    if other == "tokenizer":
+        saved = tokenizer.train_new_from_iterator(["one two three"] * 9, 270)
+    saved.save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match=message):
+        bonetune.evaluate(Loaded(llama(), tokenizer, "m"), ["forgetting"], data=data, base=str(tmp_path / "base"))

@@ -15,8 +15,8 @@ from bonetune.experiments.folder import claimed
 from bonetune.experiments.matching import sized
 from bonetune.experiments.outcome import Outcome, Trial, read_outcome
 from bonetune.experiments.scaling import Update
-from bonetune.experiments.settings import METHODS, load_comparison
-from bonetune.experiments.trial import folder_of, known_outcome, run_trial
+from bonetune.experiments.settings import METHODS, Examination, load_comparison
+from bonetune.experiments.trial import _first_task, folder_of, known_outcome, run_trial
 from bonetune.models import load_model
 from bonetune.training import train
 
@@ -142,6 +142,12 @@ def test_a_run_killed_inside_is_made_to_the_same_outcome(settings, monkeypatch):
         again = run_trial(comparison, trial, 8, counts=True)
     assert again.results == expected.results
     assert read_outcome(folder_of(comparison, trial)) == again
+
+
+def test_the_curve_is_of_the_first_task_and_leaves_out_what_the_others_heed():
+    asked = Examination(tasks=("gsm8k:arena", "gsm8k:strict"), prompt_template="{instruction}", limit=3)
+    assert _first_task(asked) == Examination(tasks=("gsm8k:arena",), limit=3)
+    assert _first_task(asked.model_copy(update={"tasks": ("gsm8k:strict",)})).prompt_template == "{instruction}"
 
 
 def test_a_run_that_falls_apart_is_an_outcome(settings):

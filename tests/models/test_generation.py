@@ -1,9 +1,12 @@
 import pytest
 import torch
 from conftest import llama
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from bonetune.errors import InputError
 from bonetune.models import cut, generate, generate_batches
+from bonetune.models.generation import continuation
 
 PROMPTS = ["the quick brown fox", "a", "what is one plus two? three", "the lazy dog jumps over", "system", "user user"]
 
@@ -76,3 +79,58 @@ def test_a_model_writes_no_further_than_it_can_count(chatty, tokenizer):
     assert len(tokenizer(answer, add_special_tokens=False).input_ids) <= room
     with pytest.raises(InputError, match=r"Prompt 2 has \d+ tokens, and the model takes 128 with its answer \(1 of 2 prompts"):
         generate(chatty, tokenizer, ["a", "a " * 400], max_new_tokens=4)
+
+
+@pytest.fixture
+def sentencepiece():
+    """A tokenizer with LlamaTokenizer's normalizer and decoder, which takes a space off the beginning of what it decodes."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581\u2581"]
+    pieces += ["\u2581\u2581\u2581\u2581", "\u2581return", "\u2581x", "return", "x", "\u00e9", "def", "\u2581def", ":"]
+    vocabulary = [(piece, -float(len(pieces) - len(piece))) for piece in pieces]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("text", ["    return x", " x", "x", "\n    return x", "\u00e9x", " \u2705", ""])
+@pytest.mark.parametrize("before", ["def x:\n", "def", "def    ", "def \u2705", "x\u00e9", " "])
+def test_a_continuation_begins_with_the_white_space_it_was_given(sentencepiece, tokenizer, before, text):
+    for one in (sentencepiece, tokenizer):
+        head = one(before, add_special_tokens=False).input_ids
+        alone = one(f"x{text}", add_special_tokens=False).input_ids
+        tokens = alone[len(one("x", add_special_tokens=False).input_ids) :]
+        assert one.decode([*head, *tokens]) == one.decode(head) + text  # what follows begins a token
+        assert continuation(one, [one.bos_token_id, *head], [*tokens, one.eos_token_id]) == text
+
+
+def test_a_torn_character_does_not_take_the_prompt_into_the_answer(sentencepiece, tokenizer):
+    torn = sentencepiece.convert_tokens_to_ids("<0xE2>")
+    assert continuation(sentencepiece, sentencepiece("def\n").input_ids, [torn]) == "\ufffd"
+    assert continuation(tokenizer, tokenizer("def").input_ids, tokenizer("\u2705").input_ids[:1]) == "\ufffd"
+
+
+def test_a_body_keeps_its_indentation(sentencepiece):
+    """A model that writes one line, whatever it is asked."""
+    line = sentencepiece.convert_tokens_to_ids(["\u2581\u2581", "\u2581\u2581", "return", "\u2581x", "</s>"])
+    model = llama(vocab_size=len(sentencepiece), eos_token_id=2, pad_token_id=2)
+
+    def scripted(module, inputs, output):
+        place = generated[0]
+        generated[0] += 1
+        return torch.nn.functional.one_hot(torch.tensor(line[place]), len(sentencepiece)).expand_as(output) * 9.0
+
+    generated = [0]
+    model.lm_head.register_forward_hook(scripted)
+    assert generate(model, sentencepiece, ["def x:\n"], max_new_tokens=9) == ["    return x"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_told_of(tokenizer, value):
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = value
+    with pytest.warns(UserWarning, match="logits are not finite"):
+        generate(model, tokenizer, ["a"], max_new_tokens=2)

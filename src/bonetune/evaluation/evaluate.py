@@ -1,7 +1,7 @@
 """`bonetune eval`: tasks by name, each with a score, its interval, the protocol's full name and a record for every item."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -11,13 +11,13 @@ from typing import Any, get_args
 from bonetune.data.formats import Kind, TaskName
 from bonetune.errors import InputError
 from bonetune.evaluation import glue, gsm8k, harness, humaneval, mathematics, mt_bench, rows, texts
+from bonetune.evaluation.fingerprints import fingerprints, name_of
 from bonetune.evaluation.ledger import Ledger, Shelf
 from bonetune.evaluation.result import TaskResult
-from bonetune.evaluation.task import Judge, Prepared, Request, Task
+from bonetune.evaluation.task import CHOICES, Judge, Prepared, Request, Task
 from bonetune.evaluation.trained_with import TrainedWith
-from bonetune.files import read_config, usable_folder, write_json
-from bonetune.formats.checkpoint import fingerprint_of
-from bonetune.formats.tensors import ADAPTER_CONFIG, ADAPTER_FILES, sha256
+from bonetune.files import usable_folder, write_json
+from bonetune.formats.tensors import ADAPTER_CONFIG
 from bonetune.models import Loaded, load_model, task_type_of
 
 SCORES_FILE = "scores.json"
@@ -48,6 +48,7 @@ def evaluate(
     unsafe_code: bool = False,
     trust_remote_code: bool = False,
     on_items: Callable[[str, int, int], None] | None = None,
+    on_result: Callable[[TaskResult], None] | None = None,
 ) -> list[TaskResult]:
     """Score a model, or an adapter on its base model.
 
@@ -79,21 +80,26 @@ def evaluate(
         unsafe_code: run the programs that a model writes even on a system that cannot hold them back.
         trust_remote_code: run code that comes with the model or the adapter.
         on_items: called with task, items done, items in all.
+        on_result: called with each result as soon as it is there.
 
     Raises:
-        InputError: unknown task or format, or one that the model is not for, bad limit, unreadable data or model, or an
-            `output_dir` with records in it and neither `resume` nor `overwrite`.
+        InputError: unknown task or format, or one that the model is not for, an option that none of the tasks heeds, bad limit,
+            unreadable data or model, or an `output_dir` with records in it and neither `resume` nor `overwrite`, or with
+            `resume` records of something else.
 
     Example:
         >>> bonetune.evaluate("runs/first", ["gsm8k:strict"], data="gsm8k/test.jsonl", output_dir="scores")
     """
     for name in tasks:
-        _task(name)  # a name that is none is told of before the model is looked for
+        task_named(name)  # a name that is none is told of before the model is looked for
     if output_dir is not None:
         usable_folder(Path(output_dir), "output_dir")
     adapted = isinstance(model, str) and (Path(model) / ADAPTER_CONFIG).is_file()
     if base is not None and not adapted and "forgetting" not in tasks:
         raise InputError(f"{model} is not an adapter folder (no {ADAPTER_CONFIG} in it), so it takes no base model.")
+    has_adapter = hasattr(model.model, "disable_adapter") if isinstance(model, Loaded) else adapted
+    if "forgetting" in tasks and base is None and not has_adapter:
+        raise InputError(texts.no_base(name_of(model)))
     prepared = prepare(
         tasks,
         data,
@@ -113,20 +119,27 @@ def evaluate(
         options={"dtype": dtype, "trust_remote_code": trust_remote_code},
     )
     asked = _asked(data, dataset_split, limit, few_shot, dataset_format, dataset_field, prompt_template)
-    shelves = _shelves(model, base, dtype, prepared, output_dir)
+    shelves, stranger = _shelves(model, base, dtype, prepared, output_dir)
     for shelf in shelves.values():
-        shelf.claim(resume=resume, overwrite=overwrite)
+        shelf.claim(resume=resume, overwrite=overwrite, stranger=stranger)
     finished = {name: result for name, shelf in shelves.items() if (result := shelf.result) is not None}
     results: list[TaskResult] = []
-    named = _name_of(model)
+    named = name_of(model)
     loaded = model if isinstance(model, Loaded) else None
+    for name, one in prepared.items():
+        if name not in finished and one.first is not None:
+            one.first()
     for name, one in prepared.items():
         if name not in finished and loaded is None:
             loaded = load_model(str(model), dtype, base if adapted else None, trust_remote_code=trust_remote_code)
         told = partial(on_items, name) if on_items is not None else None
-        results.append(finished[name] if name in finished else _run(one, loaded, shelves.get(name), told, asked(name)))
+        results.append(finished[name] if name in finished else _run(one, loaded, shelves.get(name), told, asked(name, one)))
         if output_dir is not None:
-            _write_scores(Path(output_dir) / SCORES_FILE, results, {"model": named, "dtype": dtype})
+            made = dtype if loaded is None else str(loaded.model.dtype).removeprefix("torch.")
+            about = {"model": named, "dtype": made}
+            _write_scores(Path(output_dir) / SCORES_FILE, results[-1], about, finished=name in finished)
+        if on_result is not None:
+            on_result(results[-1])
     return results
 
 
@@ -153,7 +166,7 @@ def prepare(
     Raises:
         InputError: as `evaluate`.
     """
-    chosen = [_task(name) for name in tasks]
+    chosen = [task_named(name) for name in tasks]
     if not chosen:
         raise InputError(f"Unknown task (none): choose from {', '.join(TASKS)}.")
     if dataset_format not in (None, "auto", *get_args(Kind)):
@@ -166,6 +179,12 @@ def prepare(
         if task_type not in task.task_types:
             fit = ", ".join(other.name for other in TASKS.values() if task_type in other.task_types)
             raise InputError(f"{task.name} is not for a model of task type {task_type}: choose from {fit}.")
+    chosen_by_user = {
+        "dataset_field": dataset_field,
+        "dataset_format": dataset_format,
+        **{name: more.get(name) for name in CHOICES[2:]},
+    }
+    _refuse_unheeded(chosen, [name for name, value in chosen_by_user.items() if value is not None])
     request = Request(
         split=dataset_split,
         limit=limit,
@@ -181,7 +200,20 @@ def prepare(
     }
 
 
-def _task(name: str) -> Task:
+def _refuse_unheeded(tasks: Sequence[Task], given: Iterable[str]) -> None:
+    """Raise `InputError` for a choice that means nothing to any of the tasks."""
+    for name in given:
+        if not any(name in task.heeds for task in tasks):
+            others = [task.name for task in TASKS.values() if name in task.heeds]
+            others += [f"{harness.PREFIX}NAME"] if name in harness.task("").heeds else []
+            raise InputError(
+                f"{name} means nothing to {', '.join(task.name for task in tasks)}: leave it out, or choose a task that heeds "
+                f"it ({', '.join(others)})."
+            )
+
+
+def task_named(name: str) -> Task:
+    """The task of that name. Raises `InputError` if there is none."""
     if name.startswith(harness.PREFIX):
         return harness.task(name)
     if name not in TASKS:
@@ -197,21 +229,21 @@ def _asked(
     dataset_format: str | None,
     dataset_field: Sequence[str] | None,
     template: str | None,
-) -> Callable[[str], str]:
-    """What the user has chosen otherwise than the protocol has it, and the version, in words, by task."""
+) -> Callable[[str, Prepared], str]:
+    """What the user has chosen otherwise than the protocol has it, and the version, in words, by task: no more than it used."""
 
-    def told(task: str) -> str:
+    def told(task: str, prepared: Prepared) -> str:
         source = data.get(task) if isinstance(data, Mapping) else data
+        rows = {"rows of": _named(source), "split": split, "the first": limit}
         chosen = {
-            "rows of": _named(source),
-            "split": split,
-            "the first": limit,
-            "examples of": _named(few_shot),
-            "read as": dataset_format,
-            "fields": None if dataset_field is None else ", ".join(dataset_field),
-            "prompt template": None if template is None else repr(template),
+            "few_shot": ("examples of", _named(few_shot)),
+            "dataset_format": ("read as", dataset_format),
+            "dataset_field": ("fields", None if dataset_field is None else ", ".join(dataset_field)),
+            "prompt_template": ("prompt template", None if template is None else repr(template)),
         }
-        parts = [f"{name} {value}" for name, value in chosen.items() if value is not None]
+        used = set(task_named(task).heeds) - set(prepared.named)
+        entries = [*rows.items(), *(entry for option, entry in chosen.items() if option in used)]
+        parts = [f"{name} {value}" for name, value in entries if value is not None]
         return "; ".join([*parts, f"bonetune {version('bonetune')}"])
 
     return told
@@ -223,13 +255,12 @@ def _named(source: str | None) -> str | None:
     return Path(source or "").name if is_file else source
 
 
-def _write_scores(file: Path, results: Sequence[TaskResult], about: dict[str, Any]) -> None:
-    """Keep the scores of these tasks, and those of others that stand there."""
+def _write_scores(file: Path, result: TaskResult, about: dict[str, Any], *, finished: bool) -> None:
+    """Put a task's score behind those of others that stand there; of one finished before, what stood there of its model."""
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    tasks = [result.task for result in results]
-    write_json(
-        file, [entry for entry in before if entry["task"] not in tasks] + [result.summary() | about for result in results]
-    )
+    if finished:
+        about |= next((entry | result.summary() for entry in before if entry["task"] == result.task), {})
+    write_json(file, [entry for entry in before if entry["task"] != result.task] + [result.summary() | about])
 
 
 def _run(
@@ -251,22 +282,12 @@ def _run(
 
 def _shelves(
     model: str | Loaded, base: str | None, dtype: str, prepared: Mapping[str, Prepared], output_dir: str | None
-) -> dict[str, Shelf]:
+) -> tuple[dict[str, Shelf], str | None]:
+    """A place for each task; and the model without fingerprint, if there is one among those that the records depend on."""
     if output_dir is None:
-        return {}
-    named = _name_of(model)
-    examined = {"model": named, "base": base, "dtype": dtype, "version": version("bonetune")} | _weights(named, base)
-    return {name: Shelf(Path(output_dir), name, examined | one.identity) for name, one in prepared.items()}
-
-
-def _name_of(model: str | Loaded) -> str:
-    return (model.adapter or model.base) if isinstance(model, Loaded) else model
-
-
-def _weights(name: str, base: str | None) -> dict[str, str | None]:
-    """Fingerprints of the weights, those of an adapter's base too; what lies on the hub is fetched, as it will have to be."""
-    adapter = next((Path(name) / file for file in ADAPTER_FILES if (Path(name) / file).is_file()), None)
-    if adapter is None:
-        return {"weights": fingerprint_of(name, fetch=True)}
-    base = base or read_config(Path(name) / ADAPTER_CONFIG).get("base_model_name_or_path")
-    return {"weights": sha256(adapter), "base_weights": fingerprint_of(base, fetch=True) if base else None}
+        return {}, None
+    prints = fingerprints(model, base)
+    stranger = next((name for name, found in prints.values() if found is None), None)
+    examined = {"model": name_of(model), "base": base, "dtype": dtype, "version": version("bonetune")}
+    examined |= {what: found for what, (_, found) in prints.items()}
+    return {name: Shelf(Path(output_dir), name, examined | one.identity) for name, one in prepared.items()}, stranger

@@ -13,9 +13,11 @@ from typing import Any
 
 from bonetune.data import PAPER_PROMPT, read_rows
 from bonetune.errors import InputError
+from bonetune.evaluation.ledger import Ledger
 from bonetune.evaluation.questions import Protocol, each, templated
-from bonetune.evaluation.result import Record
-from bonetune.evaluation.task import Request
+from bonetune.evaluation.result import Record, TaskResult
+from bonetune.evaluation.task import Prepared, Request, Task
+from bonetune.models import Loaded
 
 # MetaMath's eval_gsm8k.py (github.com/meta-math/MetaMath); its eval_math.py has the same prompt and stops.
 METAMATH_PROMPT = PAPER_PROMPT + " Let's think step by step."
@@ -36,7 +38,7 @@ ARENA_PROMPT = "Question: {instruction} Think step by step.\nAnswer:"
 ARENA_NEW_TOKENS = 300
 
 
-def metamath_answer(output: str) -> int | None:
+def metamath_number(output: str) -> int | None:
     r"""The number that MetaMath's `extract_answer_number` reads out of an answer; None, which is wrong, if it reads none.
 
     It is the first match of `[\-+]?\d*[\.,/]?\d+` after the last "The answer is: ", rounded, with what that entails:
@@ -59,7 +61,7 @@ def metamath_answer(output: str) -> int | None:
         return None
 
 
-def metamath_reference(answer: str) -> int:
+def metamath_reference_number(answer: str) -> int:
     """The number in a row's `answer`: what stands after its first "#### ", up to a second; a whole one.
 
     Raises `InputError` if there is none.
@@ -72,7 +74,7 @@ def metamath_reference(answer: str) -> int:
 
 def judge_metamath(output: str, row: Mapping[str, Any]) -> Record:
     """What `gsm8k:metamath` records of an answer: right if the two numbers are equal as floats, as the original compares."""
-    answer, expected = metamath_answer(output), metamath_reference(row["answer"])
+    answer, expected = metamath_number(output), metamath_reference_number(row["answer"])
     return {"answer": answer, "expected": expected, "correct": answer is not None and float(answer) == float(expected)}
 
 
@@ -96,6 +98,11 @@ _DIGITS = re.compile(
     r"(?<![\w.,/^-])(?P<sign>[-+]?)"
     r"(?P<digits>(?:[0-9]+(?:,[0-9]{3})* (?=[0-9]+/[0-9]))?\.?[0-9](?:(?:[0-9.,:/^*\u00d7+-]|[eE](?=[-+]?[0-9]))*[0-9])?)"
 )
+# What makes a number the beginning of a calculation: an operator with another number behind it.
+_OPERATED = r"[)\]}]* *(?:[-+*/^x\u00d7\u00f7\u2012\u2013]|\\(?:times|cdot|div)) *[(\[{]*[-+]?\.?[0-9]"
+_CALCULATED = re.compile(_OPERATED)
+# The same behind a unit, or an equals sign.
+_EQUATED = re.compile(rf" *(?:[^\W\d_]+ *)?(?:{_OPERATED}|[)\]}}]* *=)")
 _PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(rf"(?:([0-9]+|[0-9]{{1,3}}(?:,[0-9]{{3}})+) )?({_PLAIN})(?:/({_PLAIN}))?")
 
@@ -109,9 +116,11 @@ def strict_answer(text: str) -> Fraction | None:
     Dollar, euro, pound, yen and percent signs and bold face are left aside: $5, 5% and **5** are 5. If the first digits belong
     to something else (10:30, 3-4, 2^5, 1e5, 1.2.3), there is no answer; digits behind a letter (x2) are passed over.
 
+    * Where the number begins a calculation or an equation, it is the first one behind the line's last "=": of 20 - 2 = 18 it
+      is 18. Of a calculation without a result, 20 - 2, there is no answer; only a slash makes a fraction.
     * A minus sign, and an en or figure dash that touches the digits, are signs as a hyphen is. One with a space behind it is a
-      sign where no number can stand before it: at the beginning, after an opening bracket, "=" or "is". So 10 - 5 is 10, and a
-      line of its own that begins "- 5" is an item of a list: 5.
+      sign where no number can stand before it: at the beginning, after an opening bracket, "=" or "is". A line of its own that
+      begins "- 5" is an item of a list: 5.
     * A space parts thousands where exactly three digits follow, and no more. Where those measure something, they are a number
       of their own: of 5 100-dollar notes, 5 100g bars, 5 $100 notes and 5 100 dollar notes it is 5. The last is told by a word
       that does not end in s with another behind it, and no group that begins with 0.
@@ -131,8 +140,12 @@ def _number(text: str) -> Fraction | None:
     line = _SIGN_APART.sub(r"\1-", re.sub(r"(?<=[0-9]) */ *(?=[0-9])", "/", line))
     found = _DIGITS.search(line)
     number = _NUMBER.fullmatch(found["digits"]) if found else None
+    if found and "=" in line[found.end() :] and (number is None or _EQUATED.match(line, found.end())):
+        line = line.rpartition("=")[2]
+        found = _DIGITS.search(line)
+        number = _NUMBER.fullmatch(found["digits"]) if found else None
     left = _LATEX_LEFT.search(line)
-    if found is None or number is None or (left and left.start() <= found.end()):
+    if found is None or number is None or _CALCULATED.match(line, found.end()) or (left and left.start() <= found.end()):
         return None
     whole, numerator, denominator = ((part or "").replace(",", "") for part in number.groups())
     try:
@@ -192,12 +205,12 @@ def few_shot_prompts(
     prompts = []
     for row in test_rows:
         examples = draw.sample(train_rows, shots) if shots else []
-        shown = [f"{_asked(example)} {example['answer']}\n\n" for example in examples]
-        prompts.append("".join(shown) + _asked(row))
+        shown = [f"{_question_prompt(example)} {example['answer']}\n\n" for example in examples]
+        prompts.append("".join(shown) + _question_prompt(row))
     return prompts
 
 
-def _asked(row: Mapping[str, Any]) -> str:
+def _question_prompt(row: Mapping[str, Any]) -> str:
     return LM_EVAL_PROMPT.replace("{instruction}", row["question"])
 
 
@@ -222,10 +235,10 @@ def exact_match(extracted: str, reference: str) -> bool:
     Both are compared as texts, in lower case, without commas, dollar signs, all up to the last "#### " and a full stop at the
     end; in this order. So 18.0 is not 18, and 18.. is not 18 either.
     """
-    return _plain(extracted) == _plain(reference)
+    return _as_compared(extracted) == _as_compared(reference)
 
 
-def _plain(text: str) -> str:
+def _as_compared(text: str) -> str:
     for ignored in (r",", r"\$", r"(?s).*#### ", r"\.$"):
         text = re.sub(ignored, "", text)
     return text.lower()
@@ -237,7 +250,7 @@ def judge_lm_eval(output: str, row: Mapping[str, Any]) -> Record:
     return {
         "answer": strict,
         "flexible_answer": flexible,
-        "expected": _plain(reference),
+        "expected": _as_compared(reference),
         "correct": exact_match(strict, reference),
         "flexible": exact_match(flexible, reference),
     }
@@ -306,6 +319,51 @@ def _generated_prompt(row: Record, request: Request) -> str:
     return templated(request, request.run.settings.get("prompt_template") or PAPER_PROMPT, row["instruction"])
 
 
+# What a generation_config may ask for that changes a greedy answer; lengths and the texts' ends are the protocol's.
+_CHANGE_GREEDY = (
+    "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_length",
+    "min_new_tokens", "exponential_decay_length_penalty", "num_beams", "length_penalty", "early_stopping", "guidance_scale",
+)  # fmt: skip
+_CHANGE_NOTHING = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "num_beams": 1, "guidance_scale": 1.0}
+
+
+class _AsConfigured:
+    """A model that generates with what its generation_config changes in greedy answers, as the harness's models do."""
+
+    def __init__(self, model: Any, heeded: Mapping[str, Any]) -> None:
+        vars(self).update(_model=model, _heeded=heeded)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
+
+    def generate(self, **settings: Any) -> Any:
+        """The model's own, with those settings."""
+        return self._model.generate(**settings, **self._heeded)
+
+
+def _heeded(model: Any) -> dict[str, Any]:
+    own = {name: getattr(model.generation_config, name, None) for name in _CHANGE_GREEDY}
+    return {name: value for name, value in own.items() if value and value != _CHANGE_NOTHING.get(name)}
+
+
+def _prepare_lm_eval(request: Request) -> Prepared:
+    prepared = _LM_EVAL.prepare(request)
+
+    def run(loaded: Loaded, ledger: Ledger) -> TaskResult:
+        heeded = _heeded(loaded.model)
+        if not heeded:
+            return prepared.run(loaded, ledger)
+        result = prepared.run(replace(loaded, model=_AsConfigured(loaded.model, heeded)), ledger)
+        told = ", ".join(f"{name} {value}" for name, value in heeded.items())
+        return replace(result, protocol=f"{result.protocol}, with the model's own {told}")
+
+    return replace(prepared, run=run)
+
+
 _HUB = "openai/gsm8k:main"
 _METAMATH = Protocol(
     name="gsm8k:metamath",
@@ -316,7 +374,20 @@ _METAMATH = Protocol(
     max_new_tokens=METAMATH_NEW_TOKENS,
     stop=METAMATH_STOP,
     source=_HUB,
-    check=lambda row: metamath_reference(row["answer"]),
+    check=lambda row: metamath_reference_number(row["answer"]),
+)
+_LM_EVAL = Protocol(
+    name="gsm8k:lm-eval",
+    description="lm-evaluation-harness's gsm8k, version 3, 5-shot; the score is strict-match, flexible is flexible-extract",
+    fields=("question", "answer"),
+    prompts=_few_shot,
+    judge=judge_lm_eval,
+    max_new_tokens=LM_EVAL_NEW_TOKENS,
+    stop=LM_EVAL_STOP,
+    source=_HUB,
+    also=("flexible",),
+    cut_left=True,
+    heeds=("few_shot",),
 )
 _PROTOCOLS = (
     _METAMATH,
@@ -329,18 +400,6 @@ _PROTOCOLS = (
         check=lambda row: strict_reference(row["answer"]),
     ),
     Protocol(
-        name="gsm8k:lm-eval",
-        description="lm-evaluation-harness's gsm8k, version 3, 5-shot; the score is strict-match, flexible is flexible-extract",
-        fields=("question", "answer"),
-        prompts=_few_shot,
-        judge=judge_lm_eval,
-        max_new_tokens=LM_EVAL_NEW_TOKENS,
-        stop=LM_EVAL_STOP,
-        source=_HUB,
-        also=("flexible",),
-        cut_left=True,
-    ),
-    Protocol(
         name="gsm8k:arena",
         description="prompt and reading of answers of PEFT's method comparison",
         fields=("question", "answer"),
@@ -348,6 +407,7 @@ _PROTOCOLS = (
         judge=judge_arena,
         max_new_tokens=ARENA_NEW_TOKENS,
         source=_HUB,
+        heeds=(),
     ),
     Protocol(
         name="gsm-symbolic",
@@ -363,4 +423,4 @@ _PROTOCOLS = (
         check=lambda row: strict_reference(row["output"]),
     ),
 )
-TASKS = tuple(protocol.task for protocol in _PROTOCOLS)
+TASKS = (Task(_LM_EVAL.name, _prepare_lm_eval, heeds=_LM_EVAL.heeds), *(protocol.task for protocol in _PROTOCOLS))

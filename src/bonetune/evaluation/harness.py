@@ -42,7 +42,7 @@ _RESAMPLINGS = 1000
 
 def task(name: str) -> Task:
     """The task `lm-eval:NAME`, whether or not there is one: preparing it tells."""
-    return Task(name, partial(prepare, name))
+    return Task(name, partial(prepare, name), heeds=("few_shot",))
 
 
 def prepare(name: str, request: Request) -> Prepared:
@@ -346,21 +346,23 @@ def _records(samples: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, ch
         scores = [values[sample["doc_id"]].pop(f"{metric},{chosen}", None) for sample in mine]
         told = "correct" if all(score in (0, 1) for score in scores) else "score"
         for sample, score in zip(mine, scores, strict=True):
-            record: Record = {"row": len(records) + 1} | ({"task": part} if named else {}) | _asked(sample)
+            record: Record = {"row": len(records) + 1} | ({"task": part} if named else {}) | _exchange(sample)
             record |= {} if score is None else {told: bool(score) if told == "correct" else score}
             others = values[sample["doc_id"]]
             records.append(record | ({"metrics": others} if others else {}))
     return records
 
 
-def _asked(sample: Mapping[str, Any]) -> Record:
+def _exchange(sample: Mapping[str, Any]) -> Record:
     """What an item asked, what was answered and what was expected."""
     arguments, target = sample["arguments"], sample["target"]
     if isinstance(sample["resps"][0][0], str):  # a text was generated
         texts = list(sample["resps"][0])
         record: Record = {"prompt": arguments[0][0], "output": texts[0] if len(texts) == 1 else texts}
         answer = sample["filtered_resps"][0]
-        return record | ({"answer": _plain(answer)} if answer != record["output"] else {}) | {"expected": _plain(target)}
+        return (
+            record | ({"answer": _json_value(answer)} if answer != record["output"] else {}) | {"expected": _json_value(target)}
+        )
     likelihoods = [float(one[0] if isinstance(one, tuple | list) else one) for one, *_ in sample["resps"]]
     if len(arguments) == 1:  # how probable a text is
         text = arguments[0][-1]
@@ -373,16 +375,16 @@ def _asked(sample: Mapping[str, Any]) -> Record:
     if not side:
         return found | {"continuation": arguments[0][1]}
     expected = choices[target] if isinstance(target, int) and 0 <= target < len(choices) else target
-    return {"prompt": arguments[0][0], **found, "expected": _plain(expected)}
+    return {"prompt": arguments[0][0], **found, "expected": _json_value(expected)}
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """A value as JSON can write it."""
     if isinstance(value, str | bool | int | float | None):
         return value
     if isinstance(value, np.generic):
         return value.item()
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else str(value)
+    return [_json_value(one) for one in value] if isinstance(value, list | tuple) else str(value)
 
 
 def _number(value: Any) -> float | None:

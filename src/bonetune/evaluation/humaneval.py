@@ -6,9 +6,11 @@ the function `entry_point`) and `test`, which defines `check`.
 
 import ast
 import re
+import symtable
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -36,6 +38,8 @@ _FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 _HEADS = 20  # how many definitions of one function are looked at: some models repeat themselves
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Assignment = ast.Assign | ast.AnnAssign | ast.AugAssign
+_Found = Callable[[ast.Module, str], ast.stmt | None]  # a module's definition of a name
 
 
 def check_row(row: Mapping[str, Any]) -> None:
@@ -59,10 +63,11 @@ def extract_program(row: Mapping[str, Any], output: str, mode: Mode) -> str:
     Of a completion it is the prompt and the answer up to the first of `STOP`, sign by sign, as in the harness.
 
     Of an answer to the instruction, each fenced block is looked at, then what stands before the first, then the whole. The
-    first is taken that defines the function with more than a docstring: from the first line on with which all is Python, and
-    behind the function only imports, classes and other functions, so that no example runs. What the prompt has before its
-    function is put before. If none defines it, the first is taken that returns or yields something when it is put behind the
-    prompt as the function's body, with its indentation or without. If there is none either, it is the prompt.
+    first is taken that defines the function with more than a docstring, else the first that assigns its name something to
+    call: from the first line on with which all is Python, and behind the function only imports, classes, other functions, and
+    the assignments that one of these needs, so that no example runs. What the prompt has before its function is put before. If
+    none defines it, the first is taken that returns or yields something when it is put behind the prompt as the function's
+    body, with its indentation or without. If there is none either, it is the prompt.
 
     Raises:
         InputError: the row's prompt does not have its function.
@@ -72,11 +77,12 @@ def extract_program(row: Mapping[str, Any], output: str, mode: Mode) -> str:
         return prompt + cut(output, STOP)
     text = re.sub(r"\r\n?", "\n", output)
     candidates = [*_FENCED.findall(text), text.partition("```")[0], text]
-    for candidate in candidates:
-        definition = _definition(textwrap.dedent(candidate).split("\n"), row["entry_point"])
-        if definition is not None:
-            future = "".join(_FUTURE.findall(definition))  # must stand before all else
-            return future + before + _FUTURE.sub("", definition)
+    for found in (_function, _assigned):
+        for candidate in candidates:
+            definition = _definition(textwrap.dedent(candidate).split("\n"), row["entry_point"], found)
+            if definition is not None:
+                future = "".join(_FUTURE.findall(definition))  # must stand before all else
+                return future + before + _FUTURE.sub("", definition)
     for candidate in candidates:
         body = _body(candidate, prompt, before, row["entry_point"])
         if body is not None:
@@ -111,20 +117,21 @@ def _before_function(row: Mapping[str, Any]) -> str:
     return prompt[: heads[-1].start()]
 
 
-def _definition(lines: list[str], name: str) -> str | None:
+def _definition(lines: list[str], name: str, found: _Found) -> str | None:
     """The statements among some lines that define a function; None if it is not defined, or has no body."""
-    heads = [number for number, line in enumerate(lines) if re.match(rf"(?:async )?def {re.escape(name)}\b", line)]
+    head_of = re.compile(rf"(?:async )?def {re.escape(name)}\b|{re.escape(name)}\s*(?::[^=]*)?=(?!=)")
+    heads = [number for number, line in enumerate(lines) if head_of.match(line)]
     for head in heads[:_HEADS]:
         whole, tree = _python_of(lines[head:])
-        if _function(tree, name) is None:
+        if found(tree, name) is None:
             continue
         for start in range(head):
             if _STATEMENT.match(lines[start]):
                 longer = lines[start : head + len(whole)]
                 told, longer_tree = _python_of(longer)
                 if len(told) == len(longer):
-                    return _without_examples(longer, longer_tree, name)
-        return _without_examples(whole, tree, name)
+                    return _without_examples(longer, longer_tree, name, found)
+        return _without_examples(whole, tree, name, found)
     return None
 
 
@@ -141,25 +148,53 @@ def _body(text: str, prompt: str, before: str, name: str) -> str | None:
         if function is None or not any(isinstance(node, ast.Return | ast.Yield) for node in ast.walk(function)):
             continue
         if _last_line(function) > longest:
-            best, longest = _without_examples(lines, tree, name), _last_line(function)
+            best, longest = _without_examples(lines, tree, name, _function), _last_line(function)
     return best
 
 
-def _without_examples(lines: list[str], tree: ast.Module, name: str) -> str:
-    """The lines up to the function's end, and the imports, classes and other functions behind it."""
-    function = _function(tree, name)
+def _without_examples(lines: list[str], tree: ast.Module, name: str, found: _Found) -> str:
+    """The lines up to the function's end; behind it the imports, classes, other functions, and the assignments they need."""
+    function = found(tree, name)
     assert function is not None
-    kept = [*lines[: _last_line(function)], ""]
-    for node in tree.body[tree.body.index(function) + 1 :]:
-        decorators = []
-        if isinstance(node, _Function | ast.ClassDef):
-            if node.name == name:
-                continue
-            decorators = node.decorator_list
-        elif not isinstance(node, ast.Import | ast.ImportFrom):
-            continue
-        kept += [*lines[min(part.lineno for part in (*decorators, node)) - 1 : _last_line(node)], ""]
-    return "\n".join(kept)
+    place = tree.body.index(function) + 1
+    behind = [node for node in tree.body[place:] if name not in _bound(node)]
+    kept = {node: isinstance(node, _Function | ast.ClassDef | ast.Import | ast.ImportFrom) for node in behind}
+    needed = set().union(*map(_reads, tree.body[:place]), *(_reads(node, called=False) for node in behind if kept[node]))
+    # what is only defined reads its names once something needed calls it
+    waiting = [node for node in behind if isinstance(node, _Function | ast.ClassDef | _Assignment)]
+    while reached := [node for node in waiting if _bound(node) & needed]:
+        needed |= set().union(*map(_reads, reached))
+        kept |= dict.fromkeys(reached, True)
+        waiting = [node for node in waiting if node not in reached]
+    text = [*lines[: _last_line(function)], ""]
+    for node in filter(kept.__getitem__, behind):
+        first = min(part.lineno for part in (*getattr(node, "decorator_list", ()), node))
+        text += [*lines[first - 1 : _last_line(node)], ""]
+    return "\n".join(text)
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """The names that a definition or an assignment gives something; of an assignment to a part, that of the whole."""
+    if isinstance(node, _Function | ast.ClassDef):
+        return {node.name}
+    if not isinstance(node, _Assignment):
+        return set()
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+
+
+def _reads(node: ast.stmt, *, called: bool = True) -> set[str]:
+    """The module's names that a statement reads, with what it defines called or not."""
+    try:
+        tables, found = [symtable.symtable(ast.unparse(node), "program", "exec")], set[str]()
+    except (SyntaxError, ValueError, RecursionError):
+        return set()
+    while tables:
+        table = tables.pop()
+        here = [symbol for symbol in table.get_symbols() if symbol.is_referenced()]
+        found |= {symbol.get_name() for symbol in here if table.get_type() == "module" or symbol.is_global()}
+        tables += [child for child in table.get_children() if called or child.get_type() == "class"]
+    return found
 
 
 def _function(tree: ast.Module, name: str) -> _Function | None:
@@ -170,6 +205,29 @@ def _function(tree: ast.Module, name: str) -> _Function | None:
                 if not isinstance(part, ast.Pass) and not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)):
                     return node
     return None
+
+
+def _assigned(tree: ast.Module, name: str) -> ast.stmt | None:
+    """The first assignment to a name of a lambda, a call or something with a name, unless it reads that name itself."""
+    if not _compiles(tree):  # a function's body, with a return
+        return None
+    for node in tree.body:
+        callable_value = isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(
+            node.value, ast.Lambda | ast.Call | ast.Name | ast.Attribute
+        )
+        if callable_value and name in _bound(node) - _reads(node, called=False):
+            return node
+    return None
+
+
+def _compiles(tree: ast.Module) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(tree, "program", "exec")
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return True
 
 
 def _last_line(node: ast.stmt) -> int:
@@ -212,16 +270,16 @@ def _held_back(held: Sequence[str]) -> str:
 
 def _prepare(mode: Mode, name: str, request: Request) -> Prepared:
     # whether programs can be held back here is known before the model is loaded
-    where = _held_back(layers(unsafe=request.unsafe_code))
+    held = layers(unsafe=request.unsafe_code)
 
     def judged(output: str, row: Record) -> Record:
         program, outcome = judge(row, output, mode, seconds=SECONDS, unsafe=request.unsafe_code)
         ended = {"ended": outcome.status, "detail": outcome.detail}
         return {"answer": program, "expected": row["task_id"], "correct": outcome.status == "passed"} | ended
 
-    return Protocol(
+    prepared = Protocol(
         name=name,
-        description=f"{_DESCRIPTIONS[mode]}; pass@1 of programs run {where}, {SECONDS:g} s of processor time each",
+        description=f"{_DESCRIPTIONS[mode]}; pass@1 of programs run {_held_back(held)}, {SECONDS:g} s of processor time each",
         fields=FIELDS,
         prompts=partial(_prompts, mode),
         judge=judged,
@@ -230,9 +288,11 @@ def _prepare(mode: Mode, name: str, request: Request) -> Prepared:
         source="openai/openai_humaneval",
         check=check_row,
     ).prepare(request)
+    # unsafe_code changes nothing where all layers are there
+    return replace(prepared, identity=prepared.identity | {"held_back": held})
 
 
 TASKS = (
     Task("humaneval", partial(_prepare, "completion", "humaneval")),
-    Task("humaneval:instruct", partial(_prepare, "instruct", "humaneval:instruct")),
+    Task("humaneval:instruct", partial(_prepare, "instruct", "humaneval:instruct"), heeds=("prompt_template",)),
 )

@@ -159,8 +159,13 @@ def prepare(request: Request) -> Prepared:
         "max_new_tokens": most,
         "batch_size": request.batch_size,
     }
+
+    def greet() -> None:
+        messages = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Say yes."}]
+        ask(judge, messages, most=16)
+
     # each question is answered twice and graded: a record for each step, the last of which stays
-    return Prepared(3 * len(questions), identity, run)
+    return Prepared(3 * len(questions), identity, run, first=greet)
 
 
 def _questions(request: Request, judge: Judge) -> tuple[list[Question], str]:
@@ -354,8 +359,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def ask(judge: Judge, messages: Sequence[dict[str, str]], wait: Callable[[float], None] = time.sleep) -> str:
-    """What the judge answers, at temperature 0, with at most 2048 tokens.
+def ask(
+    judge: Judge, messages: Sequence[dict[str, str]], wait: Callable[[float], None] = time.sleep, *, most: int = 2048
+) -> str:
+    """What the judge answers, at temperature 0.
 
     Tried again, at growing intervals or when the server says, if it is busy or broken or does not answer.
 
@@ -363,12 +370,13 @@ def ask(judge: Judge, messages: Sequence[dict[str, str]], wait: Callable[[float]
         judge: whom to ask.
         messages: {role, content} each.
         wait: passes the time between tries.
+        most: tokens of the answer.
 
     Raises:
         InputError: no answer after `TRIES` tries, or one that refuses the request.
     """
     key = _key(judge)
-    body = {"model": judge.model, "messages": list(messages), "temperature": 0, "max_tokens": 2048}
+    body = {"model": judge.model, "messages": list(messages), "temperature": 0, "max_tokens": most}
     headers = {"Content-Type": "application/json", "User-Agent": "bonetune"} | (
         {"Authorization": f"Bearer {key}"} if key else {}
     )
@@ -422,4 +430,4 @@ def _key(judge: Judge) -> str:
     return key
 
 
-TASKS = (Task("mt-bench", prepare),)
+TASKS = (Task("mt-bench", prepare, heeds=("prompt_template", "judge")),)

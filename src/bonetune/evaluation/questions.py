@@ -33,6 +33,7 @@ class Protocol:
         also: further truth values of a record, the shares of which are metrics.
         check: raises `InputError` for a row whose reference cannot be read.
         cut_left: whether a prompt that is too long loses its beginning; else it is an error.
+        heeds: those of the user's `CHOICES` that mean something to it.
     """
 
     name: str
@@ -47,11 +48,12 @@ class Protocol:
     also: tuple[str, ...] = ()
     check: Callable[[Record], Any] | None = None
     cut_left: bool = False
+    heeds: tuple[str, ...] = ("prompt_template",)
 
     @property
     def task(self) -> Task:
         """The protocol as a task."""
-        return Task(self.name, self.prepare)
+        return Task(self.name, self.prepare, heeds=self.heeds)
 
     def prepare(self, request: Request) -> Prepared:
         """Read and check the rows, and put the questions."""
@@ -74,7 +76,8 @@ class Protocol:
                 done=[row - 1 for row in ledger.records],
             )
             for batch in batches:
-                ledger.add([self._record(number, prompts[number], answer, rows[number]) for number, answer in batch.items()])
+                new = {number: answer for number, answer in batch.items() if number + 1 not in ledger.records}
+                ledger.add([self._record(number, prompts[number], answer, rows[number]) for number, answer in new.items()])
             return self._result(ledger.ordered, most)
 
         return Prepared(len(rows), {"rows": digest(rows)} | put, run)

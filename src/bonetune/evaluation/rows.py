@@ -23,16 +23,21 @@ from bonetune.models import Answer, Loaded, generate_batches
 
 UNLIMITED = 1 << 30  # tokens
 DEFAULT_NEW_TOKENS = 128
+# How rows become prompts, which the protocols of tasks on rows name as it came about.
+READING = ("dataset_field", "dataset_format", "prompt_template")
 
 
 def exact_match(request: Request) -> Prepared:
     """Greedy answers that equal the expected ones, up to white space at both ends."""
     rows, row_format = read(request, "exact-match")
     most = request.max_new_tokens or DEFAULT_NEW_TOKENS
-    protocol = f"exact-match: greedy, at most {most} new tokens; equal to the expected answer up to white space at both ends"
 
     def run(loaded: Loaded, ledger: Ledger) -> TaskResult:
         pairs = [row_format.question_and_answer(row, loaded.tokenizer) for row in rows]
+        protocol = (
+            f"exact-match: greedy, at most {most} new tokens; equal to the expected answer up to white space at both ends; "
+            f"{read_as(rows[0], row_format, loaded.tokenizer)}"
+        )
         batches = generate_batches(
             loaded.model,
             loaded.tokenizer,
@@ -43,12 +48,13 @@ def exact_match(request: Request) -> Prepared:
             done=[row - 1 for row in ledger.records],
         )
         for batch in batches:
-            ledger.add([_matched(number, *pairs[number], answer) for number, answer in batch.items()])
+            new = {number: answer for number, answer in batch.items() if number + 1 not in ledger.records}
+            ledger.add([_matched(number, *pairs[number], answer) for number, answer in new.items()])
         records = ledger.ordered
         share = Proportion.of([record["correct"] for record in records])
         return TaskResult("exact-match", share.value, share.interval, share.total, records, cut_off(records), protocol)
 
-    return Prepared(len(rows), _identity(request, rows, row_format) | {"max_new_tokens": most}, run)
+    return Prepared(len(rows), _identity(request, rows, row_format) | {"max_new_tokens": most}, run, READING)
 
 
 def _matched(number: int, prompt: str, expected: str, answer: Answer) -> Record:
@@ -79,11 +85,12 @@ def loss(request: Request) -> Prepared:
             len(records),
             records,
             _cut(lengths),
-            protocol="loss: mean cross-entropy of the expected answers, in nats a token; interval: bootstrap over rows",
+            "loss: mean cross-entropy of the expected answers, in nats a token; interval: bootstrap over rows; "
+            f"{read_as(rows[0], row_format, loaded.tokenizer)}",
             higher_is_better=False,
         )
 
-    return Prepared(len(rows), _identity(request, rows, row_format), run)
+    return Prepared(len(rows), _identity(request, rows, row_format), run, READING)
 
 
 def losses_of(loaded: Loaded, examples: EncodedSet, batch_size: int, ledger: Ledger) -> list[Record]:
@@ -182,7 +189,7 @@ def _judged(loaded: Loaded, examples: EncodedSet, batch_size: int, ledger: Ledge
 
 
 def read(request: Request, task: str) -> tuple[list[Record], RowFormat]:
-    """The rows to score, each checked, and how they are read."""
+    """The rows to score, each checked, and their format."""
     rows = request.rows(task)
     template = request.prompt_template or request.run.settings.get("prompt_template") or PAPER_PROMPT
     if request.dataset_field is None and request.dataset_format is None:
@@ -195,9 +202,18 @@ def read(request: Request, task: str) -> tuple[list[Record], RowFormat]:
     return rows, row_format
 
 
+def read_as(row: Record, row_format: RowFormat, tokenizer: Any) -> str:
+    """In words, how rows become prompts: their format, and the template that they are put into, if they are."""
+    fields = f"rows read as {row_format.kind} ({', '.join(row_format.fields)})"
+    if row_format.is_conversation(row):
+        return f"{fields}, put by the chat template {digest(tokenizer.chat_template)}"
+    templated = row_format.kind in ("instruction", "alpaca")
+    return f"{fields}, prompt template {row_format.template!r}" if templated else fields
+
+
 def _identity(request: Request, rows: list[Record], row_format: RowFormat) -> dict[str, Any]:
-    read_as = {"kind": row_format.kind, "fields": row_format.fields, "template": row_format.template}
-    return {"rows": digest(rows), "read_as": read_as, "batch_size": request.batch_size}
+    told = {"kind": row_format.kind, "fields": row_format.fields, "template": row_format.template}
+    return {"rows": digest(rows), "read_as": told, "batch_size": request.batch_size}
 
 
 def _encoded(
@@ -246,7 +262,7 @@ def _on(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, to
 
 
 TASKS = (
-    Task("exact-match", exact_match),
-    Task("loss", loss),
-    Task("classification", classification, ("SEQ_CLS",)),
+    Task("exact-match", exact_match, heeds=READING),
+    Task("loss", loss, heeds=READING),
+    Task("classification", classification, ("SEQ_CLS",), READING[:2]),
 )

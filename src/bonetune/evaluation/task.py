@@ -14,6 +14,9 @@ from bonetune.evaluation.result import Record, TaskResult
 from bonetune.evaluation.trained_with import TrainedWith
 from bonetune.models import Loaded
 
+# What a user may choose and not every task can heed. Limits (rows at a time, tokens of an answer) are no choices: a task that
+# has no use for one claims nothing by it.
+CHOICES = ("dataset_field", "dataset_format", "prompt_template", "few_shot", "judge")
 LANGUAGE_MODELS: tuple[TaskName, ...] = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
@@ -86,11 +89,16 @@ class Prepared:
         items: how many items there are to score.
         identity: what its records depend on besides the model, as JSON writes it.
         run: makes the result, with records that the ledger has from an earlier try taken over.
+        named: those of the `CHOICES` that the result's protocol names by itself.
+        first: raises `InputError` if something that the task needs besides the model is not to be had; called before a model
+            is loaded, and not if the task is done.
     """
 
     items: int
     identity: dict[str, Any]
     run: Callable[[Loaded, Ledger], TaskResult]
+    named: tuple[str, ...] = ()
+    first: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,13 @@ class Task:
         name: as `--tasks` takes it.
         prepare: reads and checks its data.
         task_types: what kinds of models it is for.
+        heeds: those of the `CHOICES` that mean something to it.
     """
 
     name: str
     prepare: Callable[[Request], Prepared]
     task_types: tuple[TaskName, ...] = LANGUAGE_MODELS
+    heeds: tuple[str, ...] = ()
 
 
 def digest(content: Any) -> str:

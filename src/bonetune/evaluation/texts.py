@@ -7,19 +7,20 @@ from typing import Any
 
 from bonetune.data import Encoded, EncodedSet, RowFormat, prompt_tokens
 from bonetune.data.examples import IGNORED
+from bonetune.data.tokens import opening_tokens
 from bonetune.errors import InputError
 from bonetune.evaluation.ledger import Ledger
 from bonetune.evaluation.result import Record, TaskResult
 from bonetune.evaluation.rows import losses_of, mean_loss, weighted
 from bonetune.evaluation.statistics import bootstrap
 from bonetune.evaluation.task import Prepared, Request, Task, digest
-from bonetune.models import Loaded, load_model
+from bonetune.models import Loaded, load_model, task_type_of
 
 WINDOW = 1024  # tokens
 
 
 def perplexity(request: Request) -> Prepared:
-    """exp(mean loss of a token) on plain text; beside it the loss, and bits a byte, which no tokenizer changes."""
+    """exp(mean loss of a token) on plain text; beside it the loss, and bits a byte of what is predicted."""
     texts, identity = _texts(request, "perplexity")
 
     def run(loaded: Loaded, ledger: Ledger) -> TaskResult:
@@ -28,7 +29,7 @@ def perplexity(request: Request) -> Prepared:
         ledger.count(len(texts) - len(records))
         loss = mean_loss(records)
         nats = loss * sum(record["supervised_tokens"] for record in records)
-        size = sum(len(texts[record["row"] - 1].encode()) for record in records)
+        size = sum(predicted_bytes(loaded.tokenizer, texts[record["row"] - 1]) for record in records)
         low, high = bootstrap(*weighted(records, [record["loss"] for record in records]))
         return TaskResult(
             "perplexity",
@@ -36,7 +37,7 @@ def perplexity(request: Request) -> Prepared:
             (_exp(low), _exp(high)),
             len(records),
             records,
-            {"loss": loss, "bits_per_byte": nats / math.log(2) / size},
+            {"loss": loss, "bits_per_byte": nats / math.log(2) / size if size else math.nan} | _dropped(texts, records),
             f"perplexity: {_PROTOCOL}; interval: bootstrap over texts",
             higher_is_better=False,
         )
@@ -47,10 +48,15 @@ def perplexity(request: Request) -> Prepared:
 def forgetting(request: Request) -> Prepared:
     """Mean loss of a token on plain text, minus the base model's."""
     texts, identity = _texts(request, "forgetting")
+    if request.base is not None:
+        task_type_of(request.base, trust_remote_code=bool(request.options.get("trust_remote_code")))  # is there such a model
 
     def run(loaded: Loaded, ledger: Ledger) -> TaskResult:
-        own = losses_of(loaded, windows(loaded, texts), request.batch_size, Ledger(0))
-        before = losses_of_base(loaded, texts, request, ledger)
+        examples, (base, within) = windows(loaded, texts), base_of(loaded, request)
+        _check_alike(loaded, examples, base, windows(base, texts))
+        own = losses_of(loaded, examples, request.batch_size, Ledger(0))
+        with within:
+            before = losses_of(base, examples, request.batch_size, ledger)
         ledger.count(len(texts) - len(own))
         records = [a | {"base_loss": b["loss"]} for a, b in zip(own, before, strict=True)]
         rises = [record["loss"] - record["base_loss"] for record in records]
@@ -61,7 +67,7 @@ def forgetting(request: Request) -> Prepared:
             bootstrap(*weighted(records, rises)),
             len(records),
             records,
-            {"loss": loss, "base_loss": base_loss},
+            {"loss": loss, "base_loss": base_loss} | _dropped(texts, records),
             f"forgetting: loss less the base model's, nats a token; {_PROTOCOL}; interval: paired bootstrap over texts",
             higher_is_better=False,
         )
@@ -75,27 +81,69 @@ _PROTOCOL = (
 )
 
 
-def losses_of_base(loaded: Loaded, texts: list[str], request: Request, ledger: Ledger) -> list[Record]:
-    """The records of the base model: the adapter switched off, or the model that the user names.
+def base_of(loaded: Loaded, request: Request) -> tuple[Loaded, Any]:
+    """The base model, and within what it is one: the adapter switched off, or the model that the user names.
 
     Raises `InputError` if there is neither.
     """
-    within: Any = nullcontext()
     if hasattr(loaded.model, "disable_adapter"):
-        within = loaded.model.disable_adapter()
-    elif request.base is not None:
-        dtype = str(loaded.model.dtype).removeprefix("torch.")  # what is rounded differently is not forgotten
-        loaded = load_model(request.base, dtype, trust_remote_code=bool(request.options.get("trust_remote_code")))
+        return loaded, loaded.model.disable_adapter()
+    if request.base is None:
+        raise InputError(no_base(loaded.base))
+    dtype = str(loaded.model.dtype).removeprefix("torch.")  # what is rounded differently is not forgotten
+    return load_model(request.base, dtype, trust_remote_code=bool(request.options.get("trust_remote_code"))), nullcontext()
+
+
+def no_base(name: str) -> str:
+    """What is wrong with asking for the forgetting of a model that is no adapter."""
+    return f"forgetting is measured against the base model, and {name} has no adapter: name it with base."
+
+
+def _check_alike(loaded: Loaded, examples: EncodedSet, base: Loaded, of_base: EncodedSet) -> None:
+    """Raise `InputError` if the two models do not predict the same tokens from the same ones."""
+    if base is loaded:
+        return
+    rooms, counts = (_room(loaded), _room(base)), (len(examples), len(of_base))
+    if rooms[0] != rooms[1] and counts[0] != counts[1]:
+        why = f"windows of {rooms[0]} and {rooms[1]} tokens, which is what they take"
+    elif counts[0] != counts[1] or any(
+        list(one.input_ids) != list(other.input_ids) for one, other in zip(examples, of_base, strict=True)
+    ):
+        why = "other tokens of the same texts, for their tokenizers differ"
     else:
-        raise InputError(f"forgetting is measured against the base model, and {loaded.base} has no adapter: name it with base.")
-    with within:
-        return losses_of(loaded, windows(loaded, texts), request.batch_size, ledger)
+        return
+    raise InputError(
+        f"{loaded.base} and its base {base.base} predict {why}: their losses do not compare. Name the model that "
+        f"{loaded.base} was made of."
+    )
+
+
+def predicted_bytes(tokenizer: Any, text: str) -> int:
+    """How many of a text's bytes are predicted: all of them behind an opening token, else those behind the first token."""
+    size = len(text.encode())
+    if opening_tokens(tokenizer):
+        return size
+    first = prompt_tokens(tokenizer, text)[0]
+    shown = tokenizer.decode([first], skip_special_tokens=True)
+    if shown and not text.startswith(shown):  # a part of a character: a name has a sign for each byte, or is <0xE2>
+        name = str(tokenizer.convert_ids_to_tokens(first))
+        return size - (1 if name.startswith("<0x") else len(name))
+    return size - len(shown.encode())
+
+
+def _dropped(texts: list[str], records: list[Record]) -> dict[str, float]:
+    """How many texts have nothing to predict, if any do."""
+    count = len(texts) - len(records)
+    return {"dropped": float(count)} if count else {}
+
+
+def _room(loaded: Loaded) -> int:
+    return min(WINDOW, getattr(loaded.model.config, "max_position_embeddings", None) or WINDOW)
 
 
 def windows(loaded: Loaded, texts: list[str]) -> EncodedSet:
     """The texts as examples, each token but a text's first one predicted once; a text's number, from 1, is the row's."""
-    room = min(WINDOW, getattr(loaded.model.config, "max_position_embeddings", None) or WINDOW)
-    examples = []
+    room, examples = _room(loaded), []
     for number, text in enumerate(texts, 1):
         ids = prompt_tokens(loaded.tokenizer, text) if text else []
         for start in range(0, max(1, len(ids) - 1), room - 1):
@@ -120,7 +168,13 @@ def _texts(request: Request, task: str) -> tuple[list[str], dict[str, Any]]:
 
 
 def _exp(loss: float) -> float:
+    if math.isnan(loss):
+        return loss
     return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
-TASKS = (Task("perplexity", perplexity, ("CAUSAL_LM",)), Task("forgetting", forgetting, ("CAUSAL_LM",)))
+_HEEDS = ("dataset_field", "dataset_format")
+TASKS = (
+    Task("perplexity", perplexity, ("CAUSAL_LM",), _HEEDS),
+    Task("forgetting", forgetting, ("CAUSAL_LM",), _HEEDS),
+)

@@ -15,7 +15,8 @@ from typing import Any
 from bonetune.diagnostics import environment, git_state
 from bonetune.errors import DivergedError, InputError
 from bonetune.evaluation import TaskResult, evaluate
-from bonetune.evaluation.task import digest
+from bonetune.evaluation.evaluate import task_named
+from bonetune.evaluation.task import CHOICES, digest
 from bonetune.experiments.outcome import Outcome, Scaled, Trial, finite, read_curve, read_outcome
 from bonetune.experiments.scaling import Update
 from bonetune.experiments.settings import Comparison, Examination
@@ -180,8 +181,7 @@ def _examined(comparison: Comparison, config: RunConfig, loaded: Loaded, *, coun
 def _curve(comparison: Comparison, config: RunConfig, loaded: Loaded) -> tuple[Scaled, ...]:
     """The first test, and the loss on plain text, with the update times each of the factors."""
     update = Update.between(loaded, config.model_name_or_path) if config.baseline == "full" else Update.of(loaded)
-    first, text = comparison.tests[0], comparison.text
-    first = first.model_copy(update={"tasks": first.tasks[:1]})
+    first, text = _first_task(comparison.tests[0]), comparison.text
     points = []
     for scale in comparison.scales:
         with update.scaled(scale) as model:
@@ -190,6 +190,13 @@ def _curve(comparison: Comparison, config: RunConfig, loaded: Loaded) -> tuple[S
             text_loss = perplexed.metrics["loss"] if perplexed is not None else None
             points.append(Scaled(scale, finite(score), finite(text_loss)))
     return tuple(points)
+
+
+def _first_task(examination: Examination) -> Examination:
+    """An examination by its first task alone, without the options that only the others heed."""
+    task = task_named(examination.tasks[0])
+    unheeded = [name for name in CHOICES if name in Examination.model_fields and name not in task.heeds]
+    return examination.model_copy(update={"tasks": (task.name,)} | dict.fromkeys(unheeded))
 
 
 def _scores(examination: Examination, loaded: Loaded, base: str | None = None) -> list[TaskResult]:

@@ -1,17 +1,21 @@
 """Batched greedy generation."""
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from bonetune.data import prompt_tokens
 from bonetune.errors import InputError
 from bonetune.models.greedy import end_tokens, greedy
+
+# So many of a prompt's last tokens are decoded with its continuation: more than a character's bytes.
+_BEFORE = 16
 
 
 def generate(
@@ -26,6 +30,8 @@ def generate(
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
     """The model's greedy continuation of each prompt, or answer to it, without special tokens, in the order of the prompts.
+
+    A continuation is literal: the white space that it begins with is in it. Warns if logits are not finite.
 
     Args:
         model: a causal language model or an encoder-decoder; it is put into evaluation mode and back.
@@ -115,12 +121,30 @@ def _answers(model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: i
     rows = torch.tensor([_filled(tokens, pad, longest, side) for tokens in ids], device=model.device)
     mask = torch.tensor([_filled([1] * len(tokens), 0, longest, side) for tokens in ids], device=model.device)
     begin = 0 if encoder_decoder else longest
-    watching = {"stopping_criteria": StoppingCriteriaList([_Stop(tokenizer, stop, begin)])} if stop else {}
+    finite = _Finite()
+    watching: dict[str, Any] = {"logits_processor": LogitsProcessorList([finite])}
+    if stop:
+        watching["stopping_criteria"] = StoppingCriteriaList([_Stop(tokenizer, stop, begin)])
     out = greedy(model, tokenizer, rows, mask, max_new_tokens, **watching)[:, begin:]
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in out]
+    if not finite.always:
+        warnings.warn("The model's logits are not finite: its weights are ruined, and its answers mean nothing.", stacklevel=2)
+    before: list[list[int]] = [[]] * len(ids) if encoder_decoder else ids
+    texts = [continuation(tokenizer, prompt, row) for prompt, row in zip(before, out.tolist(), strict=True)]
     ends = torch.tensor(end_tokens(model, tokenizer), device=out.device)
     ended = torch.isin(out[:, int(encoder_decoder) :], ends).any(1).tolist()  # a decoder may begin with such a token
     return [Answer(answer := cut(text, stop), done or answer != text) for text, done in zip(texts, ended, strict=True)]
+
+
+def continuation(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of tokens that follow others, without special ones.
+
+    Decoded alone it might lack a space that it begins with: SentencePiece's decoders take one off whatever they decode. Where
+    the text before it changes by what follows (a character torn between byte tokens), it is decoded alone all the same.
+    """
+    near = list(before[-_BEFORE:])
+    head = tokenizer.decode(near, skip_special_tokens=True)
+    whole = tokenizer.decode([*near, *tokens], skip_special_tokens=True)
+    return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -142,6 +166,23 @@ class _Stop(StoppingCriteria):
         texts = [self.tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
         found = [any(end in text for end in self.stop) for text in texts]
         return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
+
+
+class _Finite(LogitsProcessor):
+    """Changes no logits, and notes whether all of them, of each row's next token, had a largest one that is a number."""
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        finite = scores.amax(-1).isfinite().all()  # a tensor: asking the device at every token would slow it down
+        self._seen = finite if self._seen is None else self._seen & finite
+        return scores
+
+    @property
+    def always(self) -> bool:
+        """Whether they had."""
+        return self._seen is None or bool(self._seen)
 
 
 def input_tokens(model: Any, tokenizer: Any, text: str, *, opened: bool = False) -> list[int]:

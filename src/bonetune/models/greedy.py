@@ -41,7 +41,7 @@ def decode(
 
     Args:
         temperature: 0 takes the most probable token; else tokens are drawn from softmax(logits / temperature).
-        watching: transformers' `streamer` and `stopping_criteria`.
+        watching: transformers' `streamer`, `stopping_criteria` and `logits_processor`.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
