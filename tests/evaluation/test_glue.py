@@ -53,7 +53,7 @@ def test_all_of_glues_tasks_are_there():
     assert {task.name for task in glue.TASKS} == FIELDS.keys()
 
 
-@pytest.mark.parametrize("task", FIELDS.keys() - {"glue:stsb"})
+@pytest.mark.parametrize("task", sorted(FIELDS.keys() - {"glue:stsb"}))
 def test_each_task_reads_the_public_fields_and_has_its_score(task, classifier, tmp_path):
     labels = [0, 1, 1, 0, 1, 0, 0, 1]
     fields = FIELDS[task]

@@ -62,6 +62,7 @@ OTHERWISE = {
     "bptt_length": 7,
     "l2_wrap": 0.1,
     "learning_rate": 1e-5,
+    "head_learning_rate": (1e-3, {"task_type": "SEQ_CLS"}),
     "lr_scheduler_type": "linear",
     "lr_scheduler_kwargs": {"num_cycles": 1},
     "warmup_steps": 7,

@@ -15,6 +15,8 @@ import bonetune
 from bonetune.errors import InputError
 from bonetune.models import compiled_layers
 from bonetune.training import plan
+from bonetune.training.signals import Termination
+from bonetune.training.trainer import BoneTrainer, training_arguments
 
 WORDS = ["the", "quick", "brown", "fox", "lazy", "dog"]
 
@@ -168,3 +170,61 @@ def test_a_compiled_run_is_the_run(settings, tmp_path, more):
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         assert (two[key] - tensor).norm() < 0.05 * tensor.norm(), key
+
+
+@pytest.fixture
+def labelled(settings, tmp_path):
+    """A classifier's settings."""
+    rows = [{"text": f"the {a} {b}", "label": ("odd", "even")[n % 2]} for n, a in enumerate(WORDS) for b in WORDS]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return settings | {"task_type": "SEQ_CLS", "dataset_name": str(tmp_path / "labelled.jsonl"), "head_learning_rate": 0.125}
+
+
+def trained_rates(settings):
+    """Peak rates by what has them, as the optimizer of a trainer holds them."""
+    planned = plan(settings)
+    optimizer = BoneTrainer(planned, training_arguments(planned), None, Termination()).create_optimizer()
+    names = {id(p): name for name, p in planned.model.named_parameters()}
+    return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}, planned
+
+
+@pytest.mark.parametrize(
+    "method", [{}, {"baseline": "lora"}, {"baseline": "lora+", "baseline_kwargs": {"loraplus_lr_ratio": 2.0}}]
+)
+def test_a_head_has_a_rate_of_its_own(labelled, method):
+    rates, planned = trained_rates(labelled | method)
+    assert set(rates) == {name for name, p in planned.model.named_parameters() if p.requires_grad}
+    heads = {name for name in rates if "score" in name}
+    assert heads
+    assert {rates[name] for name in heads} == {0.125}
+    others = {rate for name, rate in rates.items() if name not in heads}
+    assert others == ({2e-3, 4e-3} if method.get("baseline") == "lora+" else {2e-3})
+
+
+def test_a_head_moves_at_its_rate_and_a_killed_run_goes_on(labelled, tmp_path):
+    """Adam's first step is the rate, whatever the gradient."""
+    one = labelled | {"max_steps": 1, "eval_size": None, "eval_steps": None, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    before = {name: p.detach().clone() for name, p in plan(one).model.named_parameters() if "score.modules_to_save" in name}
+    bonetune.train(one)
+    after = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    ((name, start),) = before.items()
+    moved = (after[name.replace(".modules_to_save.default", "")] - start).abs()
+    assert moved.max().item() == pytest.approx(0.125, rel=1e-3)
+    assert all(line["learning_rate"] == 2e-3 for line in lines(tmp_path / "run"))
+    bonetune.train(labelled, overwrite=True)
+    again = labelled | {"output_dir": str(tmp_path / "again")}
+    killed_and_resumed(again | {"save_steps": 3}, 5)
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task_type": "CAUSAL_LM"}, "head_learning_rate is of modules trained whole"),
+        ({"baseline": "full"}, "head_learning_rate is of modules trained whole"),
+        ({"deepspeed": "ds.json"}, "leave fsdp and deepspeed out"),
+    ],
+)
+def test_a_rate_for_no_head_is_refused(labelled, changes, message):
+    with pytest.raises(InputError, match=message):
+        plan(labelled | changes)

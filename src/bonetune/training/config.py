@@ -278,6 +278,14 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         ),
         (c.streaming and c.max_steps is None, "streaming needs max_steps: how many rows there are is not known beforehand"),
         (
+            c.head_learning_rate is not None and (c.baseline == "full" or (c.task_type != "SEQ_CLS" and not c.modules_to_save)),
+            "head_learning_rate is of modules trained whole beside an adapter (SEQ_CLS, modules_to_save): leave it out",
+        ),
+        (
+            c.head_learning_rate is not None and (c.fsdp or c.deepspeed is not None),
+            "head_learning_rate is for one device or several (DDP): leave fsdp and deepspeed out",
+        ),
+        (
             c.streaming and c.eval_size is not None and c.eval_size < 1,
             f"eval_size={c.eval_size} of a stream is not known beforehand: give a number of rows, or eval_dataset_name",
         ),

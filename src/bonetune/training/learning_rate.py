@@ -6,13 +6,18 @@ is about lr * sqrt(in * r): twice the shard size asks for 1/sqrt(2) of the rate.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 from bonetune.errors import InputError
 from bonetune.spec import ShardSpec
 
 # At r = 64, the best or near the best of the rates tried in short runs on SmolLM2-135M (docs/guide.md has the figures).
 _AT_64 = {"bone": 4e-4, "mini": 4e-4, "bat": 2e-4, "bat-row": 2e-4, "bat-free": 4e-4, "bat-left": 4e-4}
+# What stands in the name of a parameter of a module that PEFT trains whole.
+WHOLE_MODULE = ".modules_to_save."
 # Above this multiple of the default, runs of bone and bat learned markedly less.
 _TOO_LARGE = 2.0
 
@@ -51,3 +56,16 @@ def schedule_settings(name: str, given: dict[str, Any], steps: int, warmup: floa
             "lr_scheduler_kwargs.num_decay_steps."
         )
     return given | {"num_decay_steps": whole}
+
+
+def give_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], rate: float) -> None:
+    """Have an optimizer that has made no step move some of its parameters at a rate of their own.
+
+    Each of its groups gives those away to one behind it, alike in all else; schedules multiply each group's own rate.
+    """
+    given = {id(p) for p in parameters}
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if id(p) in given]
+        group["params"] = [p for p in group["params"] if id(p) not in given]
+        if mine:
+            optimizer.add_param_group({**group, "params": mine, "lr": rate})

@@ -170,6 +170,12 @@ class OptimizationSettings(BaseModel, frozen=True):
     learning_rate: float | None = Field(
         default=None, gt=0, description="peak; None: by variant and r (docs/guide.md). Baselines need one"
     )
+    head_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="peak of modules trained whole (a classifier's head, modules_to_save), which may want more than an adapter "
+        "bears; None: learning_rate",
+    )
     lr_scheduler_type: str = Field(default="cosine", description="any of transformers' schedules")
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict, description="what the schedule takes besides")
     warmup_steps: float = Field(default=0.03, ge=0, description="optimizer steps of warm-up; below 1, a share of all steps")

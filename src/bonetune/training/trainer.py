@@ -22,7 +22,7 @@ from bonetune.files import write_json
 from bonetune.training import baselines, checkpoints
 from bonetune.training.config import HEEDING_EVALUATIONS
 from bonetune.training.folder import BAD_BATCH_FILE, METRICS_FILE
-from bonetune.training.learning_rate import schedule_settings
+from bonetune.training.learning_rate import WHOLE_MODULE, give_rate, schedule_settings
 from bonetune.training.loader import Shares, streaming_loader, training_loader
 from bonetune.training.plan import Plan
 from bonetune.training.report import Progress, Recorder, Tally
@@ -199,12 +199,18 @@ class BoneTrainer(Trainer):
     # optimizer
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """transformers' optimizer; LoRA+'s has rates of its own."""
+        """transformers' optimizer; LoRA+'s has rates of its own, and so have heads with a `head_learning_rate`."""
         config = self.planned.config
-        if self.optimizer is None and config.baseline == "lora+":
+        if self.optimizer is not None:
+            return self.optimizer
+        if config.baseline == "lora+":
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # pyright: ignore[reportArgumentType]
             self.optimizer = baselines.optimizer(config, self.model, kind, options)
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if config.head_learning_rate is not None:
+            heads = [p for name, p in self.planned.model.named_parameters() if WHOLE_MODULE in name and p.requires_grad]
+            give_rate(optimizer, heads, config.head_learning_rate)
+        return optimizer
 
     # evaluation
 
