@@ -1,5 +1,9 @@
 """Rows that a comparison trains on and is examined on: a score on them says how well they are remembered."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 from bonetune.data import read_rows
 from bonetune.evaluation.task import digest
 from bonetune.experiments.settings import Comparison, Examination
@@ -9,7 +13,8 @@ from bonetune.training.config import RunConfig
 def shared_rows(comparison: Comparison, config: RunConfig) -> list[str]:
     """A sentence for each test, and the validation, that has rows of the training data or, as a test, of the validation.
 
-    Rows are the same if all their fields are. Those that a protocol has of its own are not looked at, nor are streams.
+    Rows are the same if all their fields are. Those that a protocol has of its own are not looked at, nor are streams, nor data
+    sets of the hub whose split the protocol chooses.
 
     Args:
         comparison: the examinations.
@@ -30,11 +35,16 @@ def shared_rows(comparison: Comparison, config: RunConfig) -> list[str]:
 
 
 def _rows(examination: Examination) -> list[str]:
-    if examination.data is None:
+    data, split = examination.data, examination.split
+    if data is None or (split is None and not Path(data).exists()):
         return []
-    return [digest(row) for row in read_rows(examination.data, examination.split or "test")[: examination.limit]]
+    return [_key(row) for row in read_rows(data, split or "test")[: examination.limit]]
 
 
 def _trained_on(config: RunConfig) -> list[str]:
     names = (config.dataset_name,) if isinstance(config.dataset_name, str) else config.dataset_name
-    return [digest(row) for name in names for row in read_rows(name, config.dataset_split)]
+    return [_key(row) for name in names for row in read_rows(name, config.dataset_split)]
+
+
+def _key(row: dict[str, Any]) -> str:
+    return digest(json.dumps(row, sort_keys=True, default=str))  # a parquet file may hold dates
