@@ -23,7 +23,7 @@ from bonetune.ops.kernels.tiles import Tile, Tiles, added, diagonal, partials, p
 from bonetune.ops.shards import scaled
 
 WEIGHT: Tiles = {
-    2: {16: Tile(128, 4, 3), 32: Tile(128, 4, 3), 64: Tile(128, 4, 3), 128: Tile(128, 8, 3)},
+    2: {16: Tile(128, 4, 3), 32: Tile(128, 4, 3), 64: Tile(128, 4, 3), 128: Tile(64, 4, 3)},
     4: {16: Tile(128, 4, 3), 32: Tile(128, 4, 3), 64: Tile(32, 8, 1), 128: Tile(16, 8, 1, 32)},
 }
 # For few rows. Where r is missing, registers do not hold it, and W' is written.
