@@ -213,6 +213,8 @@ def test_a_row_without_its_function(mode):
 def test_limits_are_handed_on():
     answer = fenced("def squares(numbers):\n    while True: pass")
     assert judge(SQUARES, answer, "instruct", seconds=1)[1].status == "timeout"
+    deaf = "def squares(numbers):\n    import signal\n    signal.signal(signal.SIGXCPU, signal.SIG_IGN)\n    while True: pass"
+    assert judge(SQUARES, fenced(deaf), "instruct", seconds=1)[1].status == "timeout"
     answer = fenced("def squares(numbers):\n    bytearray(2**28)\n    return [n * n for n in numbers]")
     assert judge(SQUARES, answer, "instruct", memory_bytes=2**27)[1] == Outcome("failed", "MemoryError")
     assert judge(SQUARES, answer, "instruct")[1] == Outcome("passed")

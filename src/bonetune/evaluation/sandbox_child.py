@@ -62,11 +62,11 @@ class Unavailable(Exception):  # noqa: N818  (it says what the system lacks)
     """A layer that this system does not have."""
 
 
-def limit(which: int, most: int) -> None:
-    """Lower a limit of this process, for good."""
+def limit(which: int, most: int, warned: int = 0) -> None:
+    """Lower a limit of this process, for good; `warned`: so much earlier there is the limit's own signal."""
     _, hard = resource.getrlimit(which)
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(which, (most, most))
+    resource.setrlimit(which, (max(0, most - warned), most))
 
 
 def give_up_privileges() -> None:
@@ -258,7 +258,7 @@ def main() -> NoReturn:
         limit(resource.RLIMIT_CORE, 0)
         limit(resource.RLIMIT_FSIZE, REPORT_BYTES)
         limit(resource.RLIMIT_NOFILE, OPEN_FILES)
-        limit(resource.RLIMIT_CPU, math.ceil(request["seconds"]))
+        limit(resource.RLIMIT_CPU, math.ceil(request["seconds"]) + 1, 1)  # SIGXCPU tells why; who ignores it is killed
         limit(resource.RLIMIT_AS, request["memory_bytes"])
         for layer in confine(request["parent"]):
             layers.append(layer)  # noqa: PERF402  (those before one that fails are kept)
