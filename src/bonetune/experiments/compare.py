@@ -362,11 +362,10 @@ def _facts(runs: Runs, config: RunConfig) -> list[tuple[str, str]]:
     epochs = f"{config.num_train_epochs:g} epoch{'s' * (config.num_train_epochs != 1)}"
     length = f"{config.max_steps} steps" if config.max_steps is not None else epochs
     examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    names = (config.dataset_name,) if isinstance(config.dataset_name, str) else config.dataset_name
     validation = comparison.validation
     facts = [
         ("model", Path(config.model_name_or_path).name),
-        ("trained on", f"{', '.join(names)}, {config.dataset_split}"),
+        ("trained on", f"{', '.join(config.dataset_names)}, {config.dataset_split}"),
         ("a run", f"{length} of {examples} examples a device, in {config.dtype}"),
     ]
     if any(len(outcomes) > 1 for outcomes in runs.sweeps.values()):

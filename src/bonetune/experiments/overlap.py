@@ -42,8 +42,7 @@ def _rows(examination: Examination) -> list[str]:
 
 
 def _trained_on(config: RunConfig) -> list[str]:
-    names = (config.dataset_name,) if isinstance(config.dataset_name, str) else config.dataset_name
-    return [_key(row) for name in names for row in read_rows(name, config.dataset_split)]
+    return [_key(row) for name in config.dataset_names for row in read_rows(name, config.dataset_split)]
 
 
 def _key(row: dict[str, Any]) -> str:

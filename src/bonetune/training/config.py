@@ -67,6 +67,11 @@ class RunConfig(
         return self
 
     @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """The data sets, also where there is one."""
+        return (self.dataset_name,) if isinstance(self.dataset_name, str) else self.dataset_name
+
+    @property
     def spec(self) -> ShardSpec:
         """Variant and sizes of the adapter (before `rank_pattern`)."""
         return ShardSpec(self.variant, self.r, self.mini_r)
@@ -231,7 +236,7 @@ def _listed(key: str, value: Any) -> Any:
 def _contradictions(config: RunConfig) -> Iterator[str]:
     """What is wrong with the settings together, a sentence each."""
     c = config
-    several = 1 if isinstance(c.dataset_name, str) else len(c.dataset_name)
+    several = len(c.dataset_names)
     held_out = c.eval_dataset_name is not None or c.eval_size is not None
     for is_wrong, what in (
         ("{instruction}" not in c.prompt_template, "prompt_template lacks {instruction}: every prompt would be the same"),
